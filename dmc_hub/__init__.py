@@ -1,0 +1,112 @@
+"""Align diffusion planners and diffusion policies with a reward, and share them on the Hugging Face Hub.
+
+The names below are imported when they are first used, so that `import dmc_hub` stays quick; it registers the
+environment `dmc_hub/Nav1D-v0` with gymnasium.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmc_hub.data.episodes import Episodes
+    from dmc_hub.envs.nav1d import Nav1DEnv
+    from dmc_hub.models.critic import TwinQCritic
+    from dmc_hub.models.dit import DiffusionTransformer1D
+    from dmc_hub.models.normalizer import Normalizer
+    from dmc_hub.models.temporal_unet import TemporalUnet
+    from dmc_hub.pipelines.diffuser_planner import DiffuserPlannerPipeline
+    from dmc_hub.pipelines.diffusion_policy import DiffusionPolicyPipeline
+    from dmc_hub.scheduler import (
+        CosineSchedule,
+        DenoisingTrajectory,
+        FlowSchedule,
+        LinearSchedule,
+        NoiseSchedule,
+        TransitionScheduler,
+        VarianceExplodingSchedule,
+    )
+    from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner
+    from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
+    from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
+    from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+    from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
+    from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AlignmentConfig",
+    "CosineSchedule",
+    "DDPOConfig",
+    "DDPOTrainer",
+    "DenoisingConfig",
+    "DenoisingTrainer",
+    "DenoisingTrajectory",
+    "DiffuserPlannerPipeline",
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "DiffusionPolicyPipeline",
+    "DiffusionTransformer1D",
+    "Episodes",
+    "FlowSchedule",
+    "IQLConfig",
+    "IQLTrainer",
+    "LinearSchedule",
+    "Nav1DEnv",
+    "NoiseSchedule",
+    "Normalizer",
+    "RewardGradientConfig",
+    "RewardGradientTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "SequentialAligner",
+    "TemporalUnet",
+    "TransitionScheduler",
+    "TwinQCritic",
+    "VarianceExplodingSchedule",
+    "__version__",
+]
+
+_NAMES_OF_MODULE = {
+    "dmc_hub.data.episodes": ("Episodes",),
+    "dmc_hub.envs.nav1d": ("Nav1DEnv",),
+    "dmc_hub.models.critic": ("TwinQCritic",),
+    "dmc_hub.models.dit": ("DiffusionTransformer1D",),
+    "dmc_hub.models.normalizer": ("Normalizer",),
+    "dmc_hub.models.temporal_unet": ("TemporalUnet",),
+    "dmc_hub.pipelines.diffuser_planner": ("DiffuserPlannerPipeline",),
+    "dmc_hub.pipelines.diffusion_policy": ("DiffusionPolicyPipeline",),
+    "dmc_hub.scheduler": (
+        "CosineSchedule",
+        "DenoisingTrajectory",
+        "FlowSchedule",
+        "LinearSchedule",
+        "NoiseSchedule",
+        "TransitionScheduler",
+        "VarianceExplodingSchedule",
+    ),
+    "dmc_hub.trainers.alignment": ("AlignmentConfig", "SequentialAligner"),
+    "dmc_hub.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
+    "dmc_hub.trainers.denoising": ("DenoisingConfig", "DenoisingTrainer"),
+    "dmc_hub.trainers.dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
+    "dmc_hub.trainers.iql": ("IQLConfig", "IQLTrainer"),
+    "dmc_hub.trainers.reward_gradient": ("RewardGradientConfig", "RewardGradientTrainer"),
+    "dmc_hub.trainers.sft": ("SFTConfig", "SFTTrainer"),
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+importlib.import_module("dmc_hub.envs")  # registers dmc_hub/Nav1D-v0 with gymnasium

@@ -1,0 +1,212 @@
+"""The commands of `dmc-hub` and of the scripts: each takes dataclasses of arguments and does one thing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dmc_hub import checkpoint
+from dmc_hub.data import Episodes
+from dmc_hub.hub import load_pipeline
+from dmc_hub.presets import PRESETS
+from dmc_hub.recipes import EVALUATION_SEED, RunSettings, align_task, evaluate_on_task
+from dmc_hub.tasks import get_task
+from dmc_hub.trainers.alignment import METHODS
+from dmc_hub.trainers.base import DiffusionTrainer
+from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
+from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
+from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
+from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
+
+
+@dataclass(kw_only=True)
+class AlignArguments:
+    """Arguments of `dmc-hub align`."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    output_dir: str = field(metadata={"help": "Folder of the run. A run that was interrupted there continues."})
+    controller: Literal["planner", "policy"] = field(default="planner", metadata={"help": "Kind of controller."})
+    methods: list[str] | None = field(
+        default=None, metadata={"help": f"Methods of one pass, from {', '.join(METHODS)}; the preset's by default."}
+    )
+    num_passes: int = field(default=2, metadata={"help": "Passes through the methods."})
+    num_candidates: int | None = field(
+        default=None, metadata={"help": "Candidates per decision in the evaluation; the preset's by default."}
+    )
+    num_evaluation_episodes: int = field(default=128, metadata={"help": "Episodes of the reported figures."})
+    num_validation_episodes: int = field(default=64, metadata={"help": "Episodes after each stage, on other seeds."})
+    training_scale: float = field(
+        default=1.0, metadata={"help": "Factor on all numbers of training steps; 0.05 gives a quick look."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of data, networks and training."})
+
+    def settings(self) -> RunSettings:
+        """The run's settings, with the preset's values where nothing was said."""
+        get_task(self.task)
+        preset = PRESETS[self.task](self.controller)
+        for name in ("num_passes", "num_evaluation_episodes", "num_validation_episodes", "training_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        return RunSettings(
+            task=self.task,
+            controller=self.controller,
+            seed=self.seed,
+            methods=tuple(self.methods or preset.methods),
+            num_passes=self.num_passes,
+            num_candidates=self.num_candidates or preset.num_candidates,
+            num_validation_episodes=self.num_validation_episodes,
+            num_evaluation_episodes=self.num_evaluation_episodes,
+            training_scale=self.training_scale,
+        )
+
+
+@dataclass(kw_only=True)
+class FoundationArguments:
+    """Arguments of the commands that train a foundation or its critic."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    controller: Literal["planner", "policy"] = field(default="planner", metadata={"help": "Kind of controller."})
+    pipeline: str | None = field(
+        default=None, metadata={"help": "Saved pipeline to start from; by default a new one of the task's preset."}
+    )
+
+
+@dataclass(kw_only=True)
+class StageArguments:
+    """Arguments of the commands that run one alignment method."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    pipeline: str = field(metadata={"help": "Folder of the foundation pipeline, with its critic."})
+    adapter: str | None = field(default=None, metadata={"help": "Adapter to continue; a new one by default."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of a new adapter."})
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """Arguments of `dmc-hub evaluate`."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    pipeline: str = field(metadata={"help": "Folder of the pipeline."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter."})
+    num_candidates: int = field(default=16, metadata={"help": "Candidates per decision."})
+    action_selection: Literal["greedy", "expectation", "softmax"] = field(
+        default="greedy", metadata={"help": "How one action is chosen among the candidates."}
+    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
+    num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
+    first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
+
+
+def align(arguments: AlignArguments) -> None:
+    """Data, foundation, critic, alignment, evaluation, report."""
+    settings = arguments.settings()
+    command = f"dmc-hub align --task {settings.task} --controller {settings.controller} --seed {settings.seed}"
+    report = align_task(settings, Path(arguments.output_dir), command=f"{command} --output-dir {arguments.output_dir}")
+    print(
+        f"{report['task']} {report['controller']}: return {report['return_before']:.2f} ± {report['std_before']:.2f} → "
+        f"{report['return_after']:.2f} ± {report['std_after']:.2f}; see {Path(arguments.output_dir) / 'report.md'}"
+    )
+
+
+def train_denoising(arguments: FoundationArguments, config: DenoisingConfig) -> None:
+    """Train a foundation controller."""
+    _train_foundation(DenoisingTrainer, arguments, config)
+
+
+def train_critic(arguments: FoundationArguments, config: IQLConfig) -> None:
+    """Train the critic of a pipeline."""
+    _train_foundation(IQLTrainer, arguments, config)
+
+
+def train_ddpo(arguments: StageArguments, config: DDPOConfig) -> None:
+    """Align by policy gradients over the denoising steps."""
+    _train_stage(DDPOTrainer, arguments, config)
+
+
+def train_reward_gradient(arguments: StageArguments, config: RewardGradientConfig) -> None:
+    """Align by the reward's own gradient."""
+    _train_stage(RewardGradientTrainer, arguments, config)
+
+
+def train_dpo(arguments: StageArguments, config: DiffusionDPOConfig) -> None:
+    """Align by preferences."""
+    _train_stage(DiffusionDPOTrainer, arguments, config)
+
+
+def train_sft(arguments: StageArguments, config: SFTConfig) -> None:
+    """Align by fine-tuning on the best samples."""
+    _train_stage(SFTTrainer, arguments, config)
+
+
+def evaluate(arguments: EvaluateArguments) -> None:
+    """Roll a controller out and print what it earned."""
+    task, pipeline = get_task(arguments.task), load_pipeline(arguments.pipeline)
+    if arguments.adapter is not None:
+        pipeline.load_lora_weights(arguments.adapter)
+    result = evaluate_on_task(
+        task,
+        pipeline,
+        "planner" if type(pipeline).__name__ == "DiffuserPlannerPipeline" else "policy",
+        first_seed=arguments.first_seed,
+        num_episodes=arguments.num_episodes,
+        num_candidates=arguments.num_candidates,
+        action_selection=arguments.action_selection,
+        num_inference_steps=arguments.num_inference_steps,
+    )
+    summary = result.to_dict()
+    if arguments.output is not None:
+        checkpoint.save_json(Path(arguments.output), summary)
+    print(json.dumps({name: value for name, value in summary.items() if name not in ("seeds", "returns")}, indent=2))
+
+
+def _train_foundation(
+    trainer_type: type[DiffusionTrainer], arguments: FoundationArguments, config: DenoisingConfig | IQLConfig
+) -> None:
+    task, output_dir = get_task(arguments.task), _output_dir(config)
+    episodes = Episodes.from_dataset(task.make_dataset(config.seed))
+    if arguments.pipeline is None:
+        pipeline: Any = PRESETS[task.name](arguments.controller).build_pipeline(episodes, config.seed)
+    else:
+        pipeline = load_pipeline(arguments.pipeline)
+    trainer = trainer_type(pipeline, config, train_dataset=episodes)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        with checkpoint.write_folder_atomically(output_dir / "pipeline", {"task": task.name}) as stage:
+            pipeline.save_pretrained(stage)
+        _say(f"saved {output_dir / 'pipeline'}")
+
+
+def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments, config: Any) -> None:
+    from peft import LoraConfig
+
+    task, output_dir = get_task(arguments.task), _output_dir(config)
+    pipeline = load_pipeline(arguments.pipeline)
+    if arguments.adapter is not None:
+        pipeline.load_lora_weights(arguments.adapter)
+    trainer = trainer_type(
+        pipeline,
+        config,
+        train_dataset=task.make_dataset(config.seed),
+        peft_config=LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_rank),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        with checkpoint.write_folder_atomically(output_dir / "adapter", {"task": task.name}) as stage:
+            pipeline.save_lora_weights(stage)
+        _say(f"saved {output_dir / 'adapter'}")
+
+
+def _output_dir(config: Any) -> Path:
+    if config.output_dir is None:
+        raise ValueError("`output_dir` is missing: give the folder that the result goes to.")
+    return Path(config.output_dir)
+
+
+def _say(message: str) -> None:
+    print(f"· {message}", file=sys.stderr, flush=True)

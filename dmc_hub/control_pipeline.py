@@ -1,0 +1,249 @@
+"""What both control pipelines share when `dmc_hub` is installed: one LoRA adapter, tied to the base it was trained on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+DIFFUSERS_ADAPTER_WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_PREFIX = "base_model.model."
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_SCALING_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules")
+
+
+class ControlPipeline(DiffusionPipeline):
+    """A diffusion pipeline that acts. Adds LoRA handling on the component `denoiser` to diffusers' pipeline."""
+
+    denoiser: Any
+    normalizer: Any
+
+    @property
+    def lora_names(self) -> list[str]:
+        """Names of the adapters on the denoiser, in the order in which they were added."""
+        return list(getattr(self.denoiser, "peft_config", None) or {})
+
+    def add_lora(self, config: LoraConfig, *, adapter_name: str = "default", seed: int = 0) -> None:
+        """Put a fresh LoRA on the denoiser and freeze the base. It starts as the identity.
+
+        Args:
+            config: peft's, left as it is; without `target_modules` every linear and 1-D convolution layer is adapted.
+            adapter_name: must be new.
+            seed: of the adapter's initialisation; the global random state is left alone.
+        """
+        if adapter_name in self.lora_names:
+            raise ValueError(
+                f"`adapter_name` {adapter_name!r} is already on this pipeline: unload it or choose another."
+            )
+        _check_leaves_base(config)
+        config = copy.deepcopy(config)
+        if config.target_modules is None:
+            config.target_modules = adaptable_modules(self.denoiser)
+        before = list(self.denoiser.parameters())
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+                torch.manual_seed(seed)
+                self.denoiser.add_adapter(config, adapter_name=adapter_name)
+        except (TypeError, ValueError) as error:
+            self._remove_lora(adapter_name)
+            raise ValueError(f"`config` does not describe a LoRA for this denoiser: {error}") from error
+        for parameter in before:
+            parameter.requires_grad_(False)
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """Inside the block the denoiser is the foundation, bit for bit: the reference policy of every alignment."""
+        if not self.lora_names:
+            raise ValueError("This pipeline has no LoRA adapter to disable: call `add_lora` or `load_lora_weights`.")
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        if all(layer.disable_adapters for layer in layers):
+            yield  # inside another such block, which ends it
+            return
+        self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self.denoiser.enable_adapters()
+
+    def base_fingerprint(self) -> str:
+        """SHA-256 over what an adapter depends on: the denoiser's base weights, the scheduler and the normaliser."""
+        digest = hashlib.sha256()
+        schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        digest.update(json.dumps(schedule, sort_keys=True).encode())
+        base = {n.replace(".base_layer.", "."): p for n, p in self.denoiser.state_dict().items() if ".lora_" not in n}
+        for weights in (base, self.normalizer.state_dict()):
+            for name in sorted(weights):
+                tensor = weights[name].detach().cpu().contiguous()
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save_lora_weights(self, save_directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+        """Write one adapter in the formats of peft and of diffusers.
+
+        Each file is written under a temporary name and renamed, the configuration last.
+        """
+        if adapter_name not in self.lora_names:
+            raise ValueError(f"`adapter_name` {adapter_name!r} is not on this pipeline; it has {self.lora_names}.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.denoiser.peft_config[adapter_name]
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        settings = _json_ready(config.to_dict())
+        metadata = {
+            "format": "pt",
+            "base_fingerprint": self.base_fingerprint(),
+            "lora_adapter_metadata": json.dumps({f"denoiser.{key}": value for key, value in settings.items()}),
+        }
+        _save_atomically({f"denoiser.{n}": t for n, t in state.items()}, folder / DIFFUSERS_ADAPTER_WEIGHTS, metadata)
+        _save_atomically({f"{PEFT_PREFIX}{n}": t for n, t in state.items()}, folder / ADAPTER_WEIGHTS, metadata)
+        temporary = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
+        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, folder / ADAPTER_CONFIG)
+
+    def load_lora_weights(self, folder: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+        """Load an adapter saved by `save_lora_weights`, and make it the active one.
+
+        Raises:
+            FileNotFoundError: the folder holds no adapter.
+            ValueError: the adapter was trained on another base, or its weights are damaged or do not fit. The pipeline is
+                unchanged then.
+        """
+        folder = Path(folder)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"`{folder}` is not an adapter folder: it has no file {name}.")
+        config = _read_adapter_config(folder / ADAPTER_CONFIG)
+        state, metadata = _read_adapter_weights(folder / ADAPTER_WEIGHTS)
+        _check_same_settings(config, metadata, folder)
+        expected, found = self.base_fingerprint(), metadata.get("base_fingerprint")
+        if found != expected:
+            raise ValueError(
+                f"The adapter in `{folder}` was trained on another base: it names fingerprint {str(found)[:12]}, this "
+                f"pipeline is {expected[:12]}. Load the pipeline it was saved beside."
+            )
+        self.add_lora(config, adapter_name=adapter_name)
+        try:
+            self._fill_adapter(state, adapter_name, folder)
+        except ValueError:
+            self.unload_lora(adapter_name)
+            raise
+
+    def _fill_adapter(self, state: dict[str, Tensor], adapter_name: str, folder: Path) -> None:
+        wanted = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
+        problems = [f"unknown key {name}" for name in sorted(state.keys() - wanted.keys())]
+        problems += [f"missing key {name}" for name in sorted(wanted.keys() - state.keys())]
+        problems += [
+            f"{name} has shape {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in sorted(state.keys() & wanted.keys())
+            if state[name].shape != wanted[name].shape
+        ]
+        problems += [f"{name} is not finite" for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if problems:
+            raise ValueError(f"The adapter in `{folder}` does not fit this denoiser: {'; '.join(problems[:3])}.")
+        set_peft_model_state_dict(self.denoiser, state, adapter_name=adapter_name)
+        self.denoiser.set_adapter(adapter_name)
+
+    def unload_lora(self, adapter_name: str | None = None) -> None:
+        """Remove one adapter, or all of them: without any, the denoiser is the foundation again, all of it trainable."""
+        if adapter_name is not None and adapter_name not in self.lora_names:
+            raise ValueError(f"`adapter_name` {adapter_name!r} is not on this pipeline; it has {self.lora_names}.")
+        if self.lora_names:
+            self._remove_lora(adapter_name)
+        if not self.lora_names:
+            self.denoiser.requires_grad_(True)
+
+    def _remove_lora(self, adapter_name: str | None) -> None:
+        if adapter_name is None or not set(self.lora_names) - {adapter_name}:
+            self.denoiser.unload_lora()
+        else:
+            self.denoiser.delete_adapters(adapter_name)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers. Refuses while an adapter is attached: diffusers would write a broken checkpoint."""
+        if self.lora_names:
+            raise ValueError(
+                "This pipeline carries a LoRA adapter: save the adapter with `save_lora_weights`, then `unload_lora()` "
+                "and save the foundation."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _check_leaves_base(config: LoraConfig) -> None:
+    """With these settings peft trains or overwrites the base, which is the reference policy while the LoRA is off."""
+    for name, allowed in (("bias", ("none",)), ("modules_to_save", (None,)), ("init_lora_weights", _INITIALISATIONS)):
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"`config.{name}` must leave the base as it is: one of {allowed}, got {value!r}.")
+
+
+def _check_same_settings(config: LoraConfig, metadata: dict[str, str], folder: Path) -> None:
+    """The weights file repeats the settings, because another alpha or rank scales the same weights differently."""
+    saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    given = {f"denoiser.{key}": value for key, value in _json_ready(config.to_dict()).items()}
+    changed = [key for key in _SCALING_SETTINGS if saved.get(f"denoiser.{key}") != given[f"denoiser.{key}"]]
+    if changed:
+        raise ValueError(
+            f"`{folder / ADAPTER_CONFIG}` and {ADAPTER_WEIGHTS} disagree on {', '.join(changed)}: one of them was changed "
+            "after the adapter was saved."
+        )
+
+
+def adaptable_modules(model: nn.Module) -> list[str]:
+    """Names of the layers LoRA can adapt: linear and 1-D convolution. Adapters that are already there don't count."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d))]
+    return [name.removesuffix(".base_layer") for name in layers if ".lora_" not in name]
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _save_atomically(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(state, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def _read_adapter_config(path: Path) -> LoraConfig:
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict) or settings.get("peft_type") not in ("LORA", "PeftType.LORA"):
+            raise ValueError("it does not describe a LoRA adapter")
+        settings.pop("peft_type")
+        return LoraConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{path}` is not a usable adapter configuration: {error}.") from error
+
+
+def _read_adapter_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name) for name in file.keys()}
+            return state, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is damaged: {error}.") from error

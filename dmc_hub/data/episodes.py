@@ -1,0 +1,316 @@
+"""Episodes: logged data as flat arrays and episode ends, under the names of D4RL and Minari.
+
+The arrays are views of a `datasets.Dataset`'s Arrow buffers where its columns are stored in one piece, so a
+dataset loaded from disk stays memory-mapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+VECTOR_COLUMNS = ("observations", "actions", "next_observations")
+COLUMNS = (*VECTOR_COLUMNS, "rewards", "terminations", "truncations", "episode_ids")
+_SCALAR_TYPES = {"rewards": "float32", "terminations": "bool", "truncations": "bool", "episode_ids": "int64"}
+_CAST_HINT = "Cast it: `dataset.cast(dmc_hub.data.episode_features(observation_dim, action_dim))`."
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Logged episodes, one after the other.
+
+    observations: float32 of shape `(num_steps, observation_dim)`.
+    actions: float32 of shape `(num_steps, action_dim)`.
+    rewards: float32 of shape `(num_steps,)`.
+    next_observations: float32 of shape `(num_steps, observation_dim)`.
+    terminations: bool of shape `(num_steps,)`, true where the task itself ended.
+    truncations: bool of shape `(num_steps,)`, true where the episode was cut.
+    episode_ends: int64 of shape `(num_episodes,)`, the exclusive end of every episode.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_observations: np.ndarray
+    terminations: np.ndarray
+    truncations: np.ndarray
+    episode_ends: np.ndarray
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset) -> Episodes:
+        """Read and check a dataset with the columns of `episode_features`; no copy where Arrow allows it.
+
+        Raises:
+            ValueError: a column is missing or has another type or width, a value is NaN or infinite, there
+                are no steps, an episode's steps are not contiguous, or an episode's only end is not its last
+                step.
+        """
+        table = _read_table(dataset)
+        vectors = {name: _vector_column(table, name) for name in VECTOR_COLUMNS}
+        scalars = {name: _scalar_column(table, name) for name in _SCALAR_TYPES}
+        episode_ends = _episode_ends(scalars.pop("episode_ids"))
+        episodes = cls(**vectors, **scalars, episode_ends=episode_ends)
+        _check_widths(episodes)
+        _check_finite(episodes)
+        _check_ends(episodes)
+        return episodes
+
+    @classmethod
+    def ensure(cls, data: Episodes | Dataset) -> Episodes:
+        """Episodes as they are, a dataset read and checked."""
+        if isinstance(data, cls):
+            return data
+        if isinstance(data, Dataset):
+            return cls.from_dataset(data)
+        raise ValueError(f"`train_dataset` must be an Episodes or a datasets.Dataset, got {type(data).__name__}.")
+
+    @classmethod
+    def concatenate(cls, *episodes: Episodes) -> Episodes:
+        """Join several sets of episodes of the same widths into one (a copy)."""
+        if not episodes:
+            raise ValueError("`episodes` is empty: pass at least one `Episodes`.")
+        widths = {(part.observation_dim, part.action_dim) for part in episodes}
+        if len(widths) > 1:
+            raise ValueError(f"`episodes` differ in (observation_dim, action_dim): got {sorted(widths)}.")
+        names = [field.name for field in fields(cls) if field.name != "episode_ends"]
+        joined = {name: np.concatenate([getattr(part, name) for part in episodes]) for name in names}
+        offsets = np.cumsum([0, *(part.num_steps for part in episodes[:-1])])
+        ends = [part.episode_ends + offset for part, offset in zip(episodes, offsets, strict=True)]
+        return cls(**joined, episode_ends=np.concatenate(ends))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_ends)
+
+    @property
+    def observation_dim(self) -> int:
+        return self.observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        return self.actions.shape[1]
+
+    @property
+    def episode_starts(self) -> np.ndarray:
+        """First step of every episode, int64 of shape `(num_episodes,)`."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), self.episode_ends[:-1]])
+
+    @property
+    def episode_lengths(self) -> np.ndarray:
+        """Number of steps of every episode, int64 of shape `(num_episodes,)`."""
+        return np.diff(self.episode_ends, prepend=0)
+
+    def returns(self) -> np.ndarray:
+        """Undiscounted return of every episode, float64 of shape `(num_episodes,)`."""
+        return np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64)
+
+    def transitions(self, indices: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """Gather single steps.
+
+        Args:
+            indices: integer step indices of shape `(batch,)`.
+
+        Returns:
+            Float32 tensors `observations`, `actions`, `rewards`, `next_observations` and `terminations` (0 or
+            1), each of shape `(batch, ...)`.
+        """
+        rows = _as_indices(indices)
+        return {
+            "observations": torch.from_numpy(self.observations[rows]),
+            "actions": torch.from_numpy(self.actions[rows]),
+            "rewards": torch.from_numpy(self.rewards[rows]),
+            "next_observations": torch.from_numpy(self.next_observations[rows]),
+            "terminations": torch.from_numpy(self.terminations[rows].astype(np.float32)),
+        }
+
+    def windows(self, horizon: int) -> Windows:
+        """All windows of `horizon` steps, one starting at every step."""
+        if horizon < 1:
+            raise ValueError(f"`horizon` must be at least 1, got {horizon}.")
+        return Windows(self, horizon, np.repeat(self.episode_ends - 1, self.episode_lengths))
+
+    def to_dataset(self) -> Dataset:
+        """The episodes as a `datasets.Dataset` that `from_dataset` reads back to the same arrays."""
+        features = episode_features(self.observation_dim, self.action_dim)
+        columns = {name: _fixed_size_lists(getattr(self, name)) for name in VECTOR_COLUMNS}
+        for name in ("rewards", "terminations", "truncations"):
+            columns[name] = pa.array(getattr(self, name))
+        columns["episode_ids"] = pa.array(np.repeat(np.arange(self.num_episodes), self.episode_lengths))
+        return datasets.Dataset(pa.table(columns).select(list(features)).cast(features.arrow_schema))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a fixed horizon: window `i` starts at step `i` and is padded past its episode's end.
+
+    episodes: where the windows look.
+    horizon: number of steps of a window.
+    last_steps: last step of the episode of every step, int64 of shape `(num_steps,)`.
+    """
+
+    episodes: Episodes
+    horizon: int
+    last_steps: np.ndarray
+
+    def __len__(self) -> int:
+        return self.episodes.num_steps
+
+    def gather(self, indices: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """Gather windows in one vectorised read.
+
+        Past the end of an episode the last next observation is repeated, as an absorbing state, with zero
+        actions and rewards, and `valid` is false.
+
+        Args:
+            indices: integer start steps of shape `(batch,)`.
+
+        Returns:
+            `observations` `(batch, horizon, observation_dim)`, `actions` `(batch, horizon, action_dim)`,
+            `rewards` `(batch, horizon)`, all float32, and `valid` `(batch, horizon)`, bool.
+        """
+        starts = _as_indices(indices)
+        last = self.last_steps[starts][:, None]
+        steps = starts[:, None] + np.arange(self.horizon)
+        valid = steps <= last
+        rows = np.minimum(steps, last)
+        final = self.episodes.next_observations[last]
+        return {
+            "observations": torch.from_numpy(np.where(valid[..., None], self.episodes.observations[rows], final)),
+            "actions": torch.from_numpy(self.episodes.actions[rows] * valid[..., None]),
+            "rewards": torch.from_numpy(self.episodes.rewards[rows] * valid),
+            "valid": torch.from_numpy(valid),
+        }
+
+
+def episode_features(observation_dim: int, action_dim: int) -> Features:
+    """The columns and types of a dataset of episodes, one row per step."""
+    widths = {"observations": observation_dim, "actions": action_dim, "next_observations": observation_dim}
+    vectors = {name: datasets.List(datasets.Value("float32"), length=width) for name, width in widths.items()}
+    scalars = {name: datasets.Value(kind) for name, kind in _SCALAR_TYPES.items()}
+    return datasets.Features({**vectors, **scalars})
+
+
+def _as_indices(indices: np.ndarray | Tensor) -> np.ndarray:
+    return indices.cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
+
+
+def _fixed_size_lists(array: np.ndarray) -> pa.FixedSizeListArray:
+    flat = pa.array(np.ascontiguousarray(array, dtype=np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+
+
+def _read_table(dataset: Dataset) -> pa.Table:
+    missing = [name for name in COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"`dataset` lacks the columns {missing}; it has {dataset.column_names}. "
+            "Rename or add them: one row per step, with the types of `dmc_hub.data.episode_features`."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`dataset` has no steps.")
+    return dataset.select_columns(list(COLUMNS)).with_format("arrow")[:]
+
+
+def _vector_column(table: pa.Table, name: str) -> np.ndarray:
+    column = table.column(name)
+    is_list = pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)
+    if not is_list or not pa.types.is_float32(column.type.value_type):
+        raise ValueError(f"`dataset` column {name!r} must hold lists of float32, got {column.type}. {_CAST_HINT}")
+    _check_no_nulls(column, name)
+    _check_equal_widths(column, name)
+    chunks = [chunk.flatten() for chunk in column.chunks if len(chunk)]
+    if any(chunk.null_count for chunk in chunks):
+        raise ValueError(f"`dataset` column {name!r} has missing values (null) inside its lists.")
+    return _join([chunk.to_numpy(zero_copy_only=True) for chunk in chunks]).reshape(len(column), -1)
+
+
+def _scalar_column(table: pa.Table, name: str) -> np.ndarray:
+    column, wanted = table.column(name), datasets.Value(_SCALAR_TYPES[name]).pa_type
+    if column.type != wanted:
+        raise ValueError(f"`dataset` column {name!r} must hold {wanted}, got {column.type}. {_CAST_HINT}")
+    _check_no_nulls(column, name)
+    return _join([chunk.to_numpy(zero_copy_only=False) for chunk in column.chunks if len(chunk)])
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _check_no_nulls(column: pa.ChunkedArray, name: str) -> None:
+    if column.null_count:
+        raise ValueError(f"`dataset` column {name!r} has {column.null_count} missing values (null).")
+
+
+def _check_equal_widths(column: pa.ChunkedArray, name: str) -> None:
+    widths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(widths) > 1 or widths[0] == 0:
+        raise ValueError(
+            f"`dataset` column {name!r} must hold lists of one length, at least 1; got the lengths {sorted(widths)}."
+        )
+
+
+def _episode_ends(episode_ids: np.ndarray) -> np.ndarray:
+    ends = np.append(np.flatnonzero(np.diff(episode_ids)) + 1, len(episode_ids)).astype(np.int64)
+    ids, counts = np.unique(episode_ids[ends - 1], return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"`dataset` column 'episode_ids' is not contiguous: episode {ids[counts > 1][0]} is in several "
+            "places. Sort the rows by episode and step; a shuffled dataset cannot be used."
+        )
+    return ends
+
+
+def _check_widths(episodes: Episodes) -> None:
+    width, next_width = episodes.observation_dim, episodes.next_observations.shape[1]
+    if width != next_width:
+        raise ValueError(
+            f"`dataset` column 'next_observations' has width {next_width}, but 'observations' has {width}."
+        )
+
+
+def _check_finite(episodes: Episodes) -> None:
+    for name in (*VECTOR_COLUMNS, "rewards"):
+        column = getattr(episodes, name)
+        with np.errstate(invalid="ignore"):
+            # a float64 sum of float32 values cannot overflow, and needs no temporary of the column's size
+            is_finite = np.isfinite(column.sum(dtype=np.float64))
+        if not is_finite:
+            row = np.argmin(np.isfinite(column.reshape(len(column), -1)).all(axis=1))
+            raise ValueError(f"`dataset` column {name!r} has NaN or infinite values, first at {_where(episodes, row)}.")
+
+
+def _check_ends(episodes: Episodes) -> None:
+    is_last = np.zeros(episodes.num_steps, dtype=bool)
+    is_last[episodes.episode_ends - 1] = True
+    wrong = np.flatnonzero((episodes.terminations | episodes.truncations) != is_last)
+    if not len(wrong):
+        return
+    if is_last[wrong[0]]:
+        raise ValueError(
+            "`dataset` neither terminates nor truncates at the last step of an episode: "
+            f"{_where(episodes, wrong[0])}. "
+            "Set 'truncations' there if the recording was cut."
+        )
+    raise ValueError(
+        f"`dataset` terminates or truncates inside an episode: {_where(episodes, wrong[0])}. "
+        "Give the steps after it another episode id."
+    )
+
+
+def _where(episodes: Episodes, row: int | np.integer) -> str:
+    episode = int(np.searchsorted(episodes.episode_ends, row, side="right"))
+    return f"episode {episode}, step {int(row) - int(episodes.episode_starts[episode])}"

@@ -1,0 +1,139 @@
+"""A diffusion transformer over the steps of an action sequence or plan (Peebles & Xie, 2023, arXiv:2212.09748).
+
+This file travels to the Hub with every pipeline: it imports torch and diffusers only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_1d import UNet1DOutput
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Transformer position embedding of `timestep`, shape `(batch,)` to `(batch, dim)`."""
+    frequencies = torch.exp(torch.arange(dim // 2, device=timestep.device) * (-math.log(10000) / max(dim // 2 - 1, 1)))
+    angles = timestep.float()[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x (1 + scale) + shift` with one shift and scale per sample: `(batch, tokens, dim)` and `(batch, dim)`."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class AdaLNZeroBlock(nn.Module):
+    """Self-attention and MLP, each modulated and gated by the embedding; the identity at initialisation."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.projection = nn.Linear(dim, dim)
+        self.norm_mlp = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim * 4), nn.GELU(approximate="tanh"), nn.Linear(dim * 4, dim))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.zeros_(self.modulation[1].bias)
+
+    def attention(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.projection(mixed.transpose(1, 2).flatten(-2))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding).chunk(6, dim=-1)
+        x = x + gate_a[:, None] * self.attention(modulate(self.norm_attention(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+
+
+class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """AdaLN-Zero transformer whose tokens are the steps of a sequence; the condition joins the time embedding.
+
+    The defaults are those of CleanDiffuser's Diffusion Policy for Push-T (width 320, 10 heads, depth 2), whose block
+    overwrites its residual stream with the normalised input; this one does not.
+
+    Args:
+        token_dim: width of one step (an action, or an observation and an action).
+        condition_dim: width of the condition vector; 0 for none.
+        dim: width of the transformer, divisible by `num_heads`.
+        num_heads: of the attention.
+        depth: number of blocks.
+        timestep_dim: width of the sinusoidal time embedding.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        token_dim: int,
+        condition_dim: int = 0,
+        dim: int = 320,
+        num_heads: int = 10,
+        depth: int = 2,
+        timestep_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or dim % 2:
+            raise ValueError(f"`dim` must be even and divisible by `num_heads`, got {dim} and {num_heads}.")
+        if timestep_dim % 2:
+            raise ValueError(f"`timestep_dim` must be even, got {timestep_dim}: half of it are sines, half cosines.")
+        self.token_projection = nn.Linear(token_dim, dim)
+        self.time_embedding = nn.Sequential(nn.Linear(timestep_dim, dim), nn.Mish(), nn.Linear(dim, dim), nn.Mish())
+        self.condition_embedding = (
+            nn.Sequential(nn.Linear(condition_dim, dim), nn.Mish(), nn.Linear(dim, dim)) if condition_dim else None
+        )
+        self.blocks = nn.ModuleList(AdaLNZeroBlock(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 2))
+        self.head = nn.Linear(dim, token_dim)
+        for layer in (self.modulation[1], self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True
+    ) -> UNet1DOutput | tuple[Tensor]:
+        """Denoise sequences.
+
+        Args:
+            sample: noisy sequences of shape `(batch, horizon, token_dim)`.
+            timestep: a number or shape `(batch,)`.
+            condition: shape `(batch, condition_dim)`, or None where `condition_dim` is 0.
+
+        Returns:
+            An output whose `sample` has the shape of the input.
+        """
+        self._check(sample, condition)
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.timestep_dim).to(sample.dtype))
+        if self.condition_embedding is not None:
+            embedding = embedding + self.condition_embedding(condition)
+        steps = torch.arange(sample.shape[1], device=sample.device)
+        positions = sinusoidal_embedding(steps, self.config.dim).to(sample.dtype) / math.sqrt(self.config.dim)
+        x = self.token_projection(sample) + positions
+        for block in self.blocks:
+            x = block(x, embedding)
+        shift, scale = self.modulation(embedding).chunk(2, dim=-1)
+        x = self.head(modulate(self.norm(x), shift, scale))
+        return UNet1DOutput(sample=x) if return_dict else (x,)
+
+    def _check(self, sample: Tensor, condition: Tensor | None) -> None:
+        if sample.ndim != 3 or sample.shape[-1] != self.config.token_dim:
+            raise ValueError(
+                f"`sample` must have shape (batch, horizon, {self.config.token_dim}), got {tuple(sample.shape)}."
+            )
+        expected = (sample.shape[0], self.config.condition_dim) if self.config.condition_dim else None
+        given = None if condition is None else tuple(condition.shape)
+        if given != expected:
+            raise ValueError(f"`condition` must have shape {expected}, got {given}.")

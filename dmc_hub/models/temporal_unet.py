@@ -1,0 +1,138 @@
+"""The temporal U-Net of Diffuser (Janner et al., 2022, arXiv:2205.09991, App. C).
+
+This file travels to the Hub with every pipeline: it imports torch and diffusers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_1d import UNet1DOutput
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Transformer position embedding of `timestep`, shape `(batch,)` to `(batch, dim)`."""
+    frequencies = torch.exp(torch.arange(dim // 2, device=timestep.device) * (-math.log(10000) / max(dim // 2 - 1, 1)))
+    angles = timestep.float()[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution over time, group norm, Mish."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int = 8) -> None:
+        super().__init__(
+            nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
+            nn.GroupNorm(groups, out_channels),
+            nn.Mish(),
+        )
+
+
+class ResidualTemporalBlock(nn.Module):
+    """Two convolution blocks with the time embedding added between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.block_in = ConvBlock(in_channels, out_channels, kernel_size)
+        self.block_out = ConvBlock(out_channels, out_channels, kernel_size)
+        self.time_projection = nn.Sequential(nn.Mish(), nn.Linear(embedding_dim, out_channels))
+        same = in_channels == out_channels
+        self.residual = nn.Identity() if same else nn.Conv1d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        hidden = self.block_in(x) + self.time_projection(embedding)[:, :, None]
+        return self.block_out(hidden) + self.residual(x)
+
+
+class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """U-Net of 1-D convolutions over the steps of a plan.
+
+    With `dim=32, dim_mults=(1, 2, 4, 8), transition_dim=14` it has the 3,956,302 parameters of the original for Hopper.
+
+    Args:
+        transition_dim: width of one step of the plan, observation and action together.
+        dim: channels of the first level.
+        dim_mults: channels of each level in units of `dim`; the horizon must be divisible by
+            `2 ** (len(dim_mults) - 1)`.
+        kernel_size: of the convolutions over time.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        transition_dim: int,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        kernel_size: int = 5,
+    ) -> None:
+        super().__init__()
+        if dim % 8:
+            raise ValueError(f"`dim` must be divisible by 8, the groups of the normalisation; got {dim}.")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}: an even one changes the horizon.")
+        widths = [transition_dim, *(dim * mult for mult in dim_mults)]
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.time_embedding = nn.Sequential(nn.Linear(dim, dim * 4), nn.Mish(), nn.Linear(dim * 4, dim))
+
+        def residual_pair(in_channels: int, out_channels: int) -> list[nn.Module]:
+            return [
+                ResidualTemporalBlock(in_channels, out_channels, dim, kernel_size),
+                ResidualTemporalBlock(out_channels, out_channels, dim, kernel_size),
+            ]
+
+        self.down = nn.ModuleList()
+        for level, (in_channels, out_channels) in enumerate(pairs):
+            last = level == len(pairs) - 1
+            resample = nn.Identity() if last else nn.Conv1d(out_channels, out_channels, 3, 2, 1)
+            self.down.append(nn.ModuleList([*residual_pair(in_channels, out_channels), resample]))
+        self.middle = nn.ModuleList(residual_pair(widths[-1], widths[-1]))
+        self.up = nn.ModuleList()
+        for in_channels, out_channels in reversed(pairs[1:]):
+            resample = nn.ConvTranspose1d(in_channels, in_channels, 4, 2, 1)
+            self.up.append(nn.ModuleList([*residual_pair(out_channels * 2, in_channels), resample]))
+        self.head = nn.Sequential(ConvBlock(dim, dim, kernel_size), nn.Conv1d(dim, transition_dim, 1))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True
+    ) -> UNet1DOutput | tuple[Tensor]:
+        """Denoise plans.
+
+        Args:
+            sample: noisy plans of shape `(batch, horizon, transition_dim)`.
+            timestep: a number or shape `(batch,)`.
+            condition: must be None: a planner is conditioned by in-painting.
+
+        Returns:
+            An output whose `sample` has the shape of the input.
+        """
+        factor = 2 ** (len(self.down) - 1)
+        if sample.ndim != 3 or sample.shape[-1] != self.config.transition_dim or sample.shape[1] % factor:
+            raise ValueError(
+                f"`sample` must have shape (batch, horizon, {self.config.transition_dim}) with a horizon divisible by "
+                f"{factor} (this U-Net halves it {len(self.down) - 1} times), got {tuple(sample.shape)}."
+            )
+        if condition is not None:
+            raise ValueError("`condition` must be None: TemporalUnet is conditioned by in-painting.")
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.dim).to(sample.dtype))
+        x = sample.transpose(1, 2)
+        skips = []
+        for first, second, downsample in self.down:
+            x = second(first(x, embedding), embedding)
+            skips.append(x)
+            x = downsample(x)
+        for block in self.middle:
+            x = block(x, embedding)
+        for first, second, upsample in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = upsample(second(first(x, embedding), embedding))
+        x = self.head(x).transpose(1, 2)
+        return UNet1DOutput(sample=x) if return_dict else (x,)

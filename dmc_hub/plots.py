@@ -1,0 +1,146 @@
+"""Plots of reports and model cards, drawn off screen and saved whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dmc_hub.envs.nav1d import draw_reward_distributions
+
+RETURN_COLOR, COHERENCY_COLOR = "tab:blue", "tab:orange"
+BEFORE_COLOR, AFTER_COLOR = "tab:gray", "tab:green"
+_DPI = 130
+
+
+def plot_learning_curve(
+    stages: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    baseline: float | None = None,
+    optimum: float | None = None,
+) -> None:
+    """Return and coherency over the stages of an alignment, as Figures 5 and 6 of arXiv:2502.12198.
+
+    Args:
+        stages: one mapping per evaluation with `label`, `return_mean`, `return_std` (drawn as a band of one
+            standard deviation) and, where it was measured, `coherency` in `[0, 1]` (drawn in a panel below).
+        path: the PNG file to write.
+        baseline: average return of the dataset, a black line.
+        optimum: optimal return, a dashed line.
+    """
+    if len(stages) == 0:
+        raise ValueError("`stages` is empty: there is nothing to plot.")
+    coherency = np.array([np.nan if row.get("coherency") is None else row["coherency"] for row in stages], float)
+    has_coherency = bool(np.isfinite(coherency).any())
+    width = min(max(5.0, 1.6 + 0.62 * len(stages)), 16.0)
+    figure = Figure(figsize=(width, 5.0 if has_coherency else 3.6), layout="constrained")
+    ratios = [2.4, 1.0] if has_coherency else [1.0]
+    panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
+    _draw_returns(panels[0], stages, baseline, optimum)
+    if has_coherency:
+        _draw_coherency(panels[1], coherency)
+    _label_stages(panels[-1], [str(row["label"]) for row in stages])
+    _save(figure, path)
+
+
+def plot_nav1d_trajectories(
+    before: np.ndarray, after: np.ndarray, path: str | os.PathLike[str], max_trajectories: int = 64
+) -> None:
+    """Nav1D trajectories over the reward distributions, before and after alignment side by side.
+
+    Args:
+        before: positions of shape `(num_episodes, num_steps + 1)`, in `[-1, 1]`.
+        after: the same of the aligned controller.
+        path: the PNG file to write.
+        max_trajectories: number of episodes drawn at most, the first ones.
+    """
+    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, positions, title in zip(panels, (before, after), ("before alignment", "after alignment"), strict=True):
+        _draw_trajectories(axes, np.asarray(positions)[:max_trajectories])
+        axes.set_title(title)
+    panels[1].set_ylabel("")
+    _save(figure, path)
+
+
+def plot_return_histogram(before: np.ndarray, after: np.ndarray, path: str | os.PathLike[str]) -> None:
+    """Histogram of the returns before and after alignment, on common bins, with their means as lines.
+
+    Args:
+        before: returns of shape `(num_episodes,)`.
+        after: the same of the aligned controller.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    both = np.concatenate([before, after])
+    edges = np.histogram_bin_edges(both, bins=min(30, max(8, len(both) // 4)))
+    for returns, color, label in ((before, BEFORE_COLOR, "before"), (after, AFTER_COLOR, "after")):
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        axes.hist(returns, bins=edges.tolist(), color=color, alpha=0.55, label=f"{label}: {mean:.2f} ± {std:.2f}")
+        axes.axvline(mean, color=color, linewidth=1.8, linestyle="--")
+    axes.set(xlabel="return", ylabel="episodes")
+    axes.legend(frameon=False)
+    _hide_spines(axes)
+    _save(figure, path)
+
+
+def _draw_returns(
+    axes: Axes, stages: Sequence[Mapping[str, Any]], baseline: float | None, optimum: float | None
+) -> None:
+    mean = np.array([row["return_mean"] for row in stages], float)
+    std = np.array([row["return_std"] for row in stages], float)
+    x = np.arange(len(stages))
+    axes.fill_between(x, mean - std, mean + std, color=RETURN_COLOR, alpha=0.2, linewidth=0, label="±1 std")
+    axes.plot(x, mean, color=RETURN_COLOR, marker="o", markersize=4.5, linewidth=2, label="mean return")
+    if baseline is not None:
+        axes.axhline(baseline, color="black", linewidth=1.2, label=f"dataset {baseline:.2f}")
+    if optimum is not None:
+        axes.axhline(optimum, color="tab:green", linewidth=1.2, linestyle="--", label=f"optimum {optimum:.2f}")
+    axes.set_ylabel("return")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+    _hide_spines(axes)
+
+
+def _draw_coherency(axes: Axes, coherency: np.ndarray) -> None:
+    axes.plot(np.arange(len(coherency)), coherency, color=COHERENCY_COLOR, marker="s", markersize=4, linewidth=1.8)
+    axes.set(ylabel="coherency", ylim=(0.0, 1.05))
+    _hide_spines(axes)
+
+
+def _label_stages(axes: Axes, labels: list[str]) -> None:
+    is_crowded = len(labels) > 5 or max(map(len, labels)) > 12
+    rotation: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if is_crowded else {}
+    axes.set_xticks(np.arange(len(labels)), labels, fontsize=8, **rotation)
+    axes.set_xlim(-0.3, max(len(labels) - 0.7, 0.3))
+
+
+def _draw_trajectories(axes: Axes, positions: np.ndarray) -> None:
+    draw_reward_distributions(axes)
+    alpha = float(np.clip(10.0 / max(len(positions), 1), 0.2, 0.9))
+    axes.plot(np.arange(positions.shape[1]), positions.T, color="tab:green", linewidth=1.3, alpha=alpha)
+    axes.plot(np.arange(positions.shape[1]), positions.T, "o", color="tab:green", markersize=2.5, alpha=alpha)
+
+
+def _hide_spines(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(unfinished, format="png", dpi=_DPI)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""Sizes and settings of the reference runs: plain functions, so that a run is one call and a change is one argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dmc_hub.data import Episodes
+from dmc_hub.models.critic import TwinQCritic
+from dmc_hub.models.dit import DiffusionTransformer1D
+from dmc_hub.models.normalizer import Normalizer
+from dmc_hub.models.temporal_unet import TemporalUnet
+from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
+from dmc_hub.scheduler import TransitionScheduler
+from dmc_hub.trainers.ddpo import DDPOConfig
+from dmc_hub.trainers.denoising import DenoisingConfig
+from dmc_hub.trainers.dpo import DiffusionDPOConfig
+from dmc_hub.trainers.iql import IQLConfig
+from dmc_hub.trainers.reward_gradient import RewardGradientConfig
+from dmc_hub.trainers.sampling import SamplingConfig
+from dmc_hub.trainers.sft import SFTConfig
+
+CONTROLLERS = ("planner", "policy")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything one reference run needs.
+
+    Attributes:
+        build_pipeline: `(episodes, seed) -> pipeline` with untrained networks and fitted statistics.
+        foundation: settings of `DenoisingTrainer` that differ from its defaults; likewise `critic` of `IQLTrainer`.
+        methods: alignment methods of one pass.
+        stages: settings of each method that differ from its defaults.
+        num_candidates: candidates per decision when the controller is evaluated, as in the paper's tables.
+    """
+
+    build_pipeline: Callable[[Episodes, int], Any]
+    foundation: dict[str, Any]
+    critic: dict[str, Any]
+    methods: tuple[str, ...]
+    stages: dict[str, dict[str, Any]]
+    num_candidates: int
+
+    def foundation_config(self, **overrides: Any) -> DenoisingConfig:
+        """Config of foundation training."""
+        return DenoisingConfig(**{"output_dir": None, **self.foundation, **overrides})
+
+    def critic_config(self, **overrides: Any) -> IQLConfig:
+        """Config of the critic's training."""
+        return IQLConfig(**{"output_dir": None, **self.critic, **overrides})
+
+    def stage_configs(self, **overrides: Any) -> dict[str, SamplingConfig]:
+        """Config of every alignment method."""
+        types: dict[str, type[SamplingConfig]] = {
+            "ddpo": DDPOConfig,
+            "reward_gradient": RewardGradientConfig,
+            "dpo": DiffusionDPOConfig,
+            "sft": SFTConfig,
+        }
+        return {
+            method: types[method](**{"output_dir": None, **settings, **overrides})
+            for method, settings in self.stages.items()
+        }
+
+
+def build_nav1d_planner(episodes: Episodes, seed: int) -> DiffuserPlannerPipeline:
+    """Diffuser planner over the whole horizon of 8 steps; a U-Net of 0.25 M parameters."""
+    normalizer = Normalizer.from_data(episodes.observations, episodes.actions)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = TemporalUnet(episodes.observation_dim + episodes.action_dim, dim=32, dim_mults=(1, 2))
+        critic = TwinQCritic(episodes.observation_dim, episodes.action_dim)
+    scheduler = TransitionScheduler(num_train_timesteps=100, prediction_type="sample")
+    return DiffuserPlannerPipeline(denoiser, scheduler, normalizer, critic, horizon=8, num_inference_steps=10)
+
+
+def build_nav1d_policy(episodes: Episodes, seed: int) -> DiffusionPolicyPipeline:
+    """Diffusion policy of single actions; a DiT of 0.17 M parameters."""
+    normalizer = Normalizer.from_data(episodes.observations, episodes.actions)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = DiffusionTransformer1D(episodes.action_dim, episodes.observation_dim, dim=64, num_heads=4)
+        critic = TwinQCritic(episodes.observation_dim, episodes.action_dim)
+    scheduler = TransitionScheduler(num_train_timesteps=100, prediction_type="sample")
+    return DiffusionPolicyPipeline(denoiser, scheduler, normalizer, critic, horizon=1, num_inference_steps=10)
+
+
+def nav1d(controller: str) -> Preset:
+    """Nav1D with a planner (16 candidates per decision) or a policy (8).
+
+    Raises:
+        ValueError: unknown controller.
+    """
+    if controller not in CONTROLLERS:
+        raise ValueError(f"`controller` must be one of {', '.join(CONTROLLERS)}; got {controller!r}.")
+    critic = {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 512,
+        "max_steps": 5000,
+        "expectile": 0.95,
+        "polyak": 0.01,
+    }
+    if controller == "planner":
+        return Preset(
+            build_pipeline=build_nav1d_planner,
+            foundation={"max_steps": 4000},
+            critic=critic,
+            methods=("ddpo", "dpo", "sft"),
+            stages={
+                "ddpo": {"max_steps": 60},
+                "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
+                "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
+                "sft": {"max_steps": 150, "per_device_train_batch_size": 128},
+            },
+            num_candidates=16,
+        )
+    return Preset(
+        build_pipeline=build_nav1d_policy,
+        foundation={"max_steps": 2000, "per_device_train_batch_size": 512},
+        critic=critic,
+        methods=("reward_gradient", "dpo", "sft"),
+        stages={
+            "ddpo": {"max_steps": 300},
+            "reward_gradient": {"max_steps": 150},
+            "dpo": {"max_steps": 200},
+            "sft": {"max_steps": 150},
+        },
+        num_candidates=8,
+    )
+
+
+PRESETS: dict[str, Callable[[str], Preset]] = {
+    "nav1d-full": nav1d,
+    "nav1d-partial": nav1d,
+    "nav1d-expert": nav1d,
+}

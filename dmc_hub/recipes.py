@@ -1,0 +1,282 @@
+"""Whole runs: data, foundation, critic, sequential alignment, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+
+from dmc_hub import checkpoint
+from dmc_hub.data import Episodes
+from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
+from dmc_hub.hub import load_pipeline
+from dmc_hub.presets import PRESETS, Preset
+from dmc_hub.report import write_report
+from dmc_hub.tasks import Task, get_task
+from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult
+from dmc_hub.trainers.denoising import DenoisingTrainer
+from dmc_hub.trainers.iql import IQLTrainer
+
+VALIDATION_SEED, EVALUATION_SEED = 1_000_000, 2_000_000
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run's results depend on; an interrupted run continues only under the same settings.
+
+    Attributes:
+        task: id of the task.
+        controller: `"planner"` or `"policy"`.
+        seed: of data, networks and training.
+        methods: alignment methods of one pass.
+        num_passes: passes through them.
+        num_candidates: candidates per decision in the evaluation.
+        num_validation_episodes: episodes after each stage.
+        num_evaluation_episodes: episodes of the reported figures.
+        training_scale: factor on all numbers of training steps; below 1 for a quick look.
+    """
+
+    task: str
+    controller: str
+    seed: int
+    methods: tuple[str, ...]
+    num_passes: int
+    num_candidates: int
+    num_validation_episodes: int
+    num_evaluation_episodes: int
+    training_scale: float
+
+    def scaled(self, max_steps: int) -> int:
+        """Training steps at this run's scale, at least 1."""
+        return max(1, round(max_steps * self.training_scale))
+
+
+def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") -> dict[str, Any]:
+    """Run everything from data to report; returns the report.
+
+    Finished parts are found again in `output_dir`: an interrupted run continues.
+
+    Raises:
+        ValueError: unknown task or controller, or `output_dir` holds a run with other settings.
+    """
+    start = time.perf_counter()
+    task, preset = get_task(settings.task), PRESETS[settings.task](settings.controller)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _claim(output_dir, settings)
+    episodes = Episodes.from_dataset(task.make_dataset(settings.seed))
+    pipeline = _foundation(settings, preset, episodes, output_dir / "pipeline")
+    before = _evaluations(settings, task, pipeline, "before")
+    stages = _align(settings, task, preset, pipeline, episodes, output_dir)
+    after = _evaluations(settings, task, pipeline, "after")
+    with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
+        pipeline.save_lora_weights(stage)
+    report = _report(settings, task, episodes, before, after, stages)
+    report.update(
+        pipeline_class=type(pipeline).__name__,
+        base_fingerprint=pipeline.base_fingerprint(),
+        command=command,
+        machine=f"{os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}",
+        wall_seconds=time.perf_counter() - start,
+    )
+    main = report["main_evaluation"]
+    write_report(
+        output_dir, report, paths_before=before[main].rollouts.paths(), paths_after=after[main].rollouts.paths()
+    )
+    return report
+
+
+def coherency_of(task: Task, controller: str) -> Any:
+    """The coherency score of Eq. 15 (planner) or 16 (policy) for `evaluate`; None where the task does not define it."""
+    if controller == "planner" and task.dynamics is not None:
+        dynamics = task.dynamics
+        return lambda observations, output: planner_coherency_scores(
+            output.trajectories, dynamics, observations.shape[-1]
+        )
+    if controller == "policy" and task.behavior_log_prob is not None:
+        log_prob = task.behavior_log_prob
+        return lambda observations, output: policy_coherency_scores(observations, output.candidates, log_prob)
+    return None
+
+
+def evaluate_on_task(
+    task: Task, pipeline: Any, controller: str, *, first_seed: int, num_episodes: int, **options: Any
+) -> Evaluation:
+    """Evaluate on `num_episodes` seeds from `first_seed` on, all environments in one batch."""
+    vector_env = gymnasium.make_vec(task.env_id, num_envs=min(num_episodes, 128))
+    try:
+        return evaluate(
+            pipeline,
+            vector_env,
+            seeds=range(first_seed, first_seed + num_episodes),
+            optimal_return=None if task.optimal_return is None else task.optimal_return(),
+            coherency=coherency_of(task, controller),
+            **options,
+        )
+    finally:
+        vector_env.close()
+
+
+def _foundation(settings: RunSettings, preset: Preset, episodes: Episodes, folder: Path) -> Any:
+    """The trained pipeline, or the one an earlier run has left."""
+    if folder.is_dir():
+        checkpoint.verify(folder)
+        _say(f"foundation and critic: found in {folder}")
+        return load_pipeline(folder)
+    pipeline = preset.build_pipeline(episodes, settings.seed)
+    _say(f"foundation: {settings.controller} on {episodes.num_episodes} episodes")
+    steps = settings.scaled(preset.foundation_config().max_steps)
+    DenoisingTrainer(
+        pipeline, preset.foundation_config(seed=settings.seed, max_steps=steps), train_dataset=episodes
+    ).train()
+    _say("critic: IQL")
+    steps = settings.scaled(preset.critic_config().max_steps)
+    IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
+    with checkpoint.write_folder_atomically(folder, _facts(settings)) as stage:
+        pipeline.save_pretrained(stage)
+    return pipeline
+
+
+def _align(
+    settings: RunSettings, task: Task, preset: Preset, pipeline: Any, episodes: Episodes, output_dir: Path
+) -> list[StageResult]:
+    def validate(controller: Any) -> dict[str, float]:
+        result = evaluate_on_task(
+            task,
+            controller,
+            settings.controller,
+            first_seed=VALIDATION_SEED,
+            num_episodes=settings.num_validation_episodes,
+            num_candidates=1,
+            action_selection="greedy",
+        )
+        measured = {"return_mean": result.statistics.mean, "return_std": result.statistics.std}
+        if result.coherency is not None:
+            measured["coherency"] = result.coherency
+        _say(f"validation: return {result.statistics.mean:.2f} ± {result.statistics.std:.2f} with one candidate")
+        return measured
+
+    _say(f"alignment: {settings.num_passes} × ({' → '.join(settings.methods)})")
+    configs = {
+        method: preset.stage_configs(max_steps=settings.scaled(config.max_steps))[method]
+        for method, config in preset.stage_configs().items()
+    }
+    aligner = SequentialAligner(
+        pipeline,
+        AlignmentConfig(
+            output_dir=str(output_dir),
+            methods=list(settings.methods),
+            num_passes=settings.num_passes,
+            seed=settings.seed,
+        ),
+        train_dataset=episodes,
+        validate=validate,
+        stage_configs=configs,
+    )
+    return aligner.run()
+
+
+def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
+    """One candidate, the best of many by the critic, and the mean of many."""
+    results = []
+    for selection, candidates in (
+        ("greedy", 1),
+        ("greedy", settings.num_candidates),
+        ("expectation", settings.num_candidates),
+    ):
+        result = evaluate_on_task(
+            task,
+            pipeline,
+            settings.controller,
+            first_seed=EVALUATION_SEED,
+            num_episodes=settings.num_evaluation_episodes,
+            num_candidates=candidates,
+            action_selection=selection,
+        )
+        statistics = result.statistics
+        _say(f"{when}, {candidates} candidates, {selection}: {statistics.mean:.2f} ± {statistics.std:.2f}")
+        results.append(result)
+    return results
+
+
+def _report(
+    settings: RunSettings,
+    task: Task,
+    episodes: Episodes,
+    before: list[Evaluation],
+    after: list[Evaluation],
+    stages: list[StageResult],
+) -> dict[str, Any]:
+    main = 1  # greedy over all candidates, the paper's setting
+    rows = [
+        {
+            "action_selection": first.action_selection,
+            "num_candidates": first.num_candidates,
+            "before": first.statistics.to_dict(),
+            "after": last.statistics.to_dict(),
+            "coherency_before": first.coherency,
+            "coherency_after": last.coherency,
+            "diversity_before": first.candidate_diversity,
+            "diversity_after": last.candidate_diversity,
+            "returns_before": first.rollouts.returns.tolist(),
+            "returns_after": last.rollouts.returns.tolist(),
+        }
+        for first, last in zip(before, after, strict=True)
+    ]
+    return {
+        "task": settings.task,
+        "controller": settings.controller,
+        "seed": settings.seed,
+        "training_scale": settings.training_scale,
+        "methods": " → ".join(settings.methods) + f", up to {settings.num_passes} passes",
+        "num_candidates": settings.num_candidates,
+        "return_before": before[main].statistics.mean,
+        "return_after": after[main].statistics.mean,
+        "std_before": before[main].statistics.std,
+        "std_after": after[main].statistics.std,
+        "return_optimal": None if task.optimal_return is None else task.optimal_return(),
+        "return_data": float(episodes.returns().mean()),
+        "coherency_before": before[main].coherency,
+        "coherency_after": after[main].coherency,
+        "best_of_n_control": {
+            "num_candidates": settings.num_candidates,
+            "return_mean": before[main].statistics.mean,
+            "return_std": before[main].statistics.std,
+        },
+        "evaluations": rows,
+        "main_evaluation": main,
+        "episodes": settings.num_evaluation_episodes,
+        "seeds": list(range(EVALUATION_SEED, EVALUATION_SEED + settings.num_evaluation_episodes)),
+        "validation_seeds": list(range(VALIDATION_SEED, VALIDATION_SEED + settings.num_validation_episodes)),
+        "stages": [vars(stage) for stage in stages],
+    }
+
+
+def _claim(output_dir: Path, settings: RunSettings) -> None:
+    """Write down the settings of a new run, or compare with those of the run that is there."""
+    path, ours = output_dir / "settings.json", json.loads(json.dumps(vars(settings)))
+    if not path.is_file():
+        checkpoint.save_json(path, ours)
+        return
+    theirs = checkpoint.load_json(path)
+    changed = [f"{k} was {theirs.get(k)!r}, is now {v!r}" for k, v in ours.items() if theirs.get(k) != v]
+    if changed:
+        raise ValueError(
+            f"`output_dir` {output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder, or "
+            "repeat its settings to continue it."
+        )
+
+
+def _facts(settings: RunSettings) -> dict[str, Any]:
+    return {"task": settings.task, "controller": settings.controller, "seed": settings.seed}
+
+
+def _say(message: str) -> None:
+    print(f"· {message}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,65 @@
+"""Rewards are plain functions of what a controller generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[[Tensor, Tensor], Any]
+"""`(observations, actions) -> rewards` in the environment's units: `(B, T, observation_dim)` and `(B, T, action_dim)` to
+`B` finite numbers, as a tensor, array or list. A planner's observations are the planned ones (`T` is the horizon), a
+policy's the single one it acted on (`(B, 1, observation_dim)`). Gradients must flow only for `RewardGradientTrainer`."""
+
+
+def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = True) -> RewardFunction:
+    """Reward by the pipeline's critic: the mean advantage of the first `num_steps` pairs of state and action.
+
+    The advantage `Q(s, a) - V(s)` asks each action to be better than the data's at *its own* state; a bare Q would also
+    pay a planner for imagining better states than the dynamics allow.
+
+    Args:
+        pipeline: its normaliser and critic are used.
+        num_steps: pairs that count; 1 rewards the action about to be executed.
+        subtract_value: False rewards the bare Q.
+    """
+    if pipeline.critic is None:
+        raise ValueError("`pipeline` has no critic to reward with: train one with IQLTrainer.")
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+
+    def reward(observations: Tensor, actions: Tensor) -> Tensor:
+        steps = min(num_steps, observations.shape[1])
+        states = pipeline.normalizer.normalize_observations(observations[:, :steps])
+        values = pipeline.critic(states, pipeline.normalizer.normalize_actions(actions[:, :steps]))
+        if subtract_value:
+            values = values - pipeline.critic.value(states)
+        return values.mean(1)
+
+    return reward
+
+
+def call_reward(reward_function: RewardFunction, observations: Tensor, actions: Tensor) -> Tensor:
+    """Call a reward function and check what it returns: float32 of shape `(B,)` on the actions' device.
+
+    Raises:
+        ValueError: the wrong number of rewards, or NaN or infinite ones.
+    """
+    returned = reward_function(observations, actions)
+    if not isinstance(returned, Tensor):
+        returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
+    rewards = returned.to(actions.device, torch.float32)
+    if rewards.shape != (len(actions),):
+        raise ValueError(
+            f"`reward_function` must return one reward per sample, shape ({len(actions)},), got {tuple(rewards.shape)}."
+        )
+    if not torch.isfinite(rewards).all():
+        bad = (~torch.isfinite(rewards)).nonzero().flatten()
+        raise ValueError(
+            f"`reward_function` returned {float(rewards[bad[0]])} for {len(bad)} of {len(rewards)} samples, the first "
+            f"at index {int(bad[0])}: return finite numbers."
+        )
+    return rewards

@@ -1,0 +1,211 @@
+"""Run a controller in vectorised environments, exactly one episode per seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from tqdm.auto import tqdm
+
+from dmc_hub.data import Episodes
+
+Controller = Callable[[np.ndarray, torch.Generator | None], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Episodes of different lengths padded with zeros to the longest one.
+
+    seeds: int64 of shape `(num_episodes,)`.
+    returns: undiscounted returns, float64 of shape `(num_episodes,)`.
+    lengths: int64 of shape `(num_episodes,)`.
+    observations: float32 of shape `(num_episodes, max_length, observation_dim)`.
+    actions: float32 of shape `(num_episodes, max_length, action_dim)`.
+    rewards: float32 of shape `(num_episodes, max_length)`.
+    next_observations: as `observations`.
+    terminations: bool of shape `(num_episodes, max_length)`.
+    truncations: bool of shape `(num_episodes, max_length)`.
+    valid: bool of shape `(num_episodes, max_length)`, false in the padding.
+    """
+
+    seeds: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_observations: np.ndarray
+    terminations: np.ndarray
+    truncations: np.ndarray
+    valid: np.ndarray
+
+    def paths(self) -> np.ndarray:
+        """All observations of every episode, the last one included: `(num_episodes, max_length + 1, dim)`."""
+        return np.concatenate([self.observations[:, :1], self.next_observations], axis=1)
+
+    def to_episodes(self) -> Episodes:
+        """The valid steps as flat episodes, for training or for a dataset."""
+        return Episodes(
+            observations=self.observations[self.valid],
+            actions=self.actions[self.valid],
+            rewards=self.rewards[self.valid],
+            next_observations=self.next_observations[self.valid],
+            terminations=self.terminations[self.valid],
+            truncations=self.truncations[self.valid],
+            episode_ends=np.cumsum(self.lengths),
+        )
+
+
+class _Step(NamedTuple):
+    """One step of all environments; `valid` marks those whose episode was still running."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_observations: np.ndarray
+    terminations: np.ndarray
+    truncations: np.ndarray
+    valid: np.ndarray
+
+
+def run_episodes(
+    controller: Controller,
+    vector_env: VectorEnv[Any, Any, Any],
+    *,
+    seeds: Sequence[int],
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Rollouts:
+    """Run one episode per seed, `vector_env.num_envs` of them at a time.
+
+    The controller always sees all environments, so the shape of its batch never changes; what it answers for
+    those whose episode is over (or that have no seed left, in the last batch) is ignored.
+
+    Args:
+        controller: maps float32 observations `(num_envs, observation_dim)` and `generator` to actions
+            `(num_envs, action_dim)`.
+        vector_env: with one-dimensional float observations and actions and autoreset mode NEXT_STEP.
+        seeds: one seed per episode, given to the environment that runs it.
+        generator: passed on to the controller at every step.
+        progress: whether to show a bar that counts finished episodes.
+
+    Returns:
+        The episodes in the order of `seeds`.
+
+    Raises:
+        ValueError: `seeds` is empty, the environment does not fit, or an action, observation or reward has
+            the wrong shape or is not finite.
+    """
+    _check_environment(vector_env)
+    if len(seeds) == 0:
+        raise ValueError("`seeds` is empty: pass one seed per episode.")
+    chunks = [seeds[i : i + vector_env.num_envs] for i in range(0, len(seeds), vector_env.num_envs)]
+    with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
+        batches = [_run_batch(controller, vector_env, chunk, generator, bar) for chunk in chunks]
+    return _collect(batches, seeds)
+
+
+def _run_batch(
+    controller: Controller,
+    vector_env: VectorEnv[Any, Any, Any],
+    seeds: Sequence[int],
+    generator: torch.Generator | None,
+    bar: Any,
+) -> list[_Step]:
+    spare = vector_env.num_envs - len(seeds)
+    env_seeds: Any = [int(seed) for seed in (*seeds, *([seeds[-1]] * spare))]  # gymnasium annotates one seed
+    observations, _ = vector_env.reset(seed=env_seeds)
+    running = np.arange(vector_env.num_envs) < len(seeds)
+    steps: list[_Step] = []
+    while running.any():
+        place = _Place(vector_env, seeds, len(steps), running)
+        observations = place.check("observations", observations, vector_env.observation_space.shape)
+        actions = place.check("actions", controller(observations, generator), vector_env.action_space.shape)
+        next_observations, rewards, terminations, truncations, _ = vector_env.step(actions)
+        rewards = place.check("rewards", rewards, running.shape, np.float64)
+        steps.append(
+            _Step(
+                observations,
+                actions,
+                rewards,
+                np.array(next_observations, dtype=np.float32),
+                np.array(terminations),
+                np.array(truncations),
+                running,
+            )
+        )
+        finished = running & (terminations | truncations)
+        running = running & ~finished
+        observations = next_observations
+        bar.update(int(finished.sum()))
+    return [_Step(*(column[: len(seeds)] for column in step)) for step in steps]
+
+
+class _Place(NamedTuple):
+    """Where a rollout is, for the check of what the controller and the environment return."""
+
+    vector_env: VectorEnv[Any, Any, Any]
+    seeds: Sequence[int]
+    step: int
+    running: np.ndarray
+
+    def check(self, name: str, values: Any, shape: tuple[int, ...] | None, dtype: Any = np.float32) -> np.ndarray:
+        """A copy of `values` as an array of `dtype`, checked for its shape and, where running, for NaN."""
+        array = np.array(values, dtype=dtype)
+        where = f"in environment {_name(self.vector_env)} at step {self.step}"
+        if array.shape != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {array.shape} {where} (seeds {list(self.seeds)}).")
+        is_bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1) & self.running
+        if is_bad.any():
+            index = int(np.argmax(is_bad))
+            got = f"got {array[index]} {where} (seed {self.seeds[index]})"
+            raise ValueError(f"`{name}` must be finite, {got}.")
+        return array
+
+
+def _name(vector_env: VectorEnv[Any, Any, Any]) -> str:
+    return type(vector_env.unwrapped).__name__ if vector_env.spec is None else vector_env.spec.id
+
+
+def _check_environment(vector_env: VectorEnv[Any, Any, Any]) -> None:
+    mode = vector_env.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.NEXT_STEP:
+        raise ValueError(
+            f"`vector_env` must have the autoreset mode NEXT_STEP, got {mode}. Make it with "
+            '`gymnasium.make_vec(..., vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP})`.'
+        )
+    for name in ("observation", "action"):
+        shape = getattr(vector_env, f"single_{name}_space").shape
+        if shape is None or len(shape) != 1:
+            raise ValueError(f"`vector_env` must have {name}s of shape (dim,), got {shape}.")
+
+
+def _collect(batches: list[list[_Step]], seeds: Sequence[int]) -> Rollouts:
+    max_length = max(len(steps) for steps in batches)
+    columns = []
+    for values in zip(*(map(np.stack, zip(*steps, strict=True)) for steps in batches), strict=True):
+        padded = [_pad(column, max_length) for column in values]
+        columns.append(np.concatenate(padded, axis=1).swapaxes(0, 1))
+    step = _Step(*columns)
+    valid = step.valid
+    rewards = np.where(valid, step.rewards, 0.0)
+    return Rollouts(
+        seeds=np.asarray(seeds, dtype=np.int64),
+        returns=rewards.sum(axis=1),
+        lengths=valid.sum(axis=1),
+        observations=np.where(valid[..., None], step.observations, np.float32(0.0)),
+        actions=np.where(valid[..., None], step.actions, np.float32(0.0)),
+        rewards=rewards.astype(np.float32),
+        next_observations=np.where(valid[..., None], step.next_observations, np.float32(0.0)),
+        terminations=step.terminations & valid,
+        truncations=step.truncations & valid,
+        valid=valid,
+    )
+
+
+def _pad(column: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(column, [(0, length - len(column)), *[(0, 0)] * (column.ndim - 1)])

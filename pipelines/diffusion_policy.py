@@ -1,0 +1,220 @@
+"""Diffusion policy: sample action sequences conditioned on the observation, choose one by a critic.
+
+This file travels to the Hub: apart from its guarded base class it imports torch, numpy and diffusers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor, nn
+
+try:
+    from dmc_hub.control_pipeline import ControlPipeline
+except ImportError:  # loaded from the Hub where dmc_hub is not installed
+    ControlPipeline = DiffusionPipeline  # type: ignore[misc, assignment]
+
+ACTION_SELECTIONS = ("greedy", "expectation", "softmax")
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """One decision per observation, in the environment's units. The batch dimension `B` is the observation's, if any.
+
+    Attributes:
+        action: the selected action, shape `(B, action_dim)`.
+        candidates: first actions of all sequences, shape `(B, num_candidates, action_dim)`.
+        values: critic's value of each candidate, shape `(B, num_candidates)`; None without a critic.
+    """
+
+    action: np.ndarray
+    candidates: np.ndarray
+    values: np.ndarray | None
+
+
+class DiffusionPolicyPipeline(ControlPipeline):
+    """Act by sampling action sequences given the observation (Chi et al., 2023, arXiv:2303.04137; arXiv:2502.12198, 4.4).
+
+    Args:
+        denoiser: maps noisy action sequences `(batch, horizon, action_dim)`, a timestep and the normalised observation
+            to the scheduler's prediction.
+        scheduler: gives each denoising step as a Gaussian.
+        normalizer: statistics of the data.
+        critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
+        horizon: actions of a sequence.
+        num_inference_steps: default number of denoising steps.
+    """
+
+    _optional_components = ["critic"]
+    model_cpu_offload_seq = "denoiser"
+
+    def __init__(
+        self,
+        denoiser: ModelMixin,
+        scheduler: SchedulerMixin,
+        normalizer: ModelMixin,
+        critic: ModelMixin | None = None,
+        horizon: int = 16,
+        num_inference_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic)
+        self.register_to_config(horizon=horizon, num_inference_steps=num_inference_steps)
+
+    @property
+    def observation_dim(self) -> int:
+        return self.normalizer.config.observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        return self.normalizer.config.action_dim
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        observation: np.ndarray | Tensor,
+        *,
+        num_candidates: int = 1,
+        num_inference_steps: int | None = None,
+        action_selection: str = "greedy",
+        temperature: float = 1.0,
+        generator: int | torch.Generator | None = None,
+    ) -> PolicyOutput:
+        """Choose actions; all observations × candidates are denoised in one batch.
+
+        Args:
+            observation: in the environment's units, shape `(observation_dim,)` or `(B, observation_dim)`.
+            num_candidates: action sequences sampled per observation.
+            num_inference_steps: denoising steps; the pipeline's own by default.
+            action_selection: `"greedy"` takes the candidate of the highest value, `"expectation"` the mean of all
+                candidates, `"softmax"` draws one with probability proportional to `exp(value / temperature)` (IDQL,
+                arXiv:2304.10573).
+            temperature: of `"softmax"`, in units of the return.
+            generator: a seed or a torch generator; None draws from torch's global one.
+
+        Raises:
+            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no critic
+                to choose with.
+        """
+        observations = self.normalizer.observation_batch(observation).to(self.denoiser.device)
+        _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
+        if isinstance(generator, (int, np.integer)):
+            generator = torch.Generator().manual_seed(int(generator))
+        condition = self.repeat(self.observation_condition(observations), num_candidates)
+        latents = self.sample(condition, num_inference_steps=num_inference_steps, generator=generator)
+        _, sequences = self.decode(latents, condition)
+        actions = sequences[:, 0].unflatten(0, (-1, num_candidates))
+        values = self.values(observations, actions) if self.critic is not None else None
+        chosen = _select(actions, values, action_selection, temperature, generator)
+        batched = np.ndim(observation) == 2
+        outputs = [None if x is None else x.cpu().numpy() for x in (chosen, actions, values)]
+        return PolicyOutput(*(x if batched or x is None else x[0] for x in outputs))
+
+    # What trainers use: conditions, sampling, and the way between data and latents
+
+    def observation_condition(self, observations: Tensor) -> dict[str, Tensor]:
+        """The condition of action sequences at `observations` `(B, observation_dim)`, in the environment's units."""
+        return {"embedding": self.normalizer.normalize_observations(observations.float())}
+
+    def repeat(self, condition: dict[str, Tensor], num_candidates: int) -> dict[str, Tensor]:
+        """Each condition `num_candidates` times in a row."""
+        return {name: value.repeat_interleave(num_candidates, dim=0) for name, value in condition.items()}
+
+    def free_entries(self, condition: dict[str, Tensor]) -> Tensor | None:
+        """None: every entry of an action sequence is free."""
+        return None
+
+    def predict(
+        self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The network's output for `sample`; `denoiser` stands in for the component, wrapped for DDP say."""
+        network, dtype = self.denoiser if denoiser is None else denoiser, self.denoiser.dtype
+        scaled = self.scheduler.scale_model_input(sample, timestep).to(dtype)
+        return network(scaled, timestep, condition["embedding"].to(dtype), return_dict=False)[0].float()
+
+    def sample(
+        self,
+        condition: dict[str, Tensor],
+        *,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        denoiser: nn.Module | None = None,
+        num_grad_steps: int = 0,
+    ) -> Tensor:
+        """Denoise from noise to normalised action sequences `(B, horizon, action_dim)`.
+
+        With a normaliser of `"limits"` they end clamped to the range of the data.
+
+        Args:
+            condition: of `observation_condition`.
+            num_inference_steps: denoising steps; the pipeline's own by default.
+            generator: source of all noise.
+            denoiser: stands in for the component.
+            num_grad_steps: gradients flow through the last so many steps only (`sg(., K)` of Eq. 9).
+        """
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.scheduler.set_timesteps(steps)
+        shape = self.latent_shape(len(condition["embedding"]))
+        latents = self.scheduler.initial_noise(shape, generator, self.denoiser.device)
+        timesteps = self.scheduler.timesteps.tolist()
+        grad = torch.is_grad_enabled()
+        for step, timestep in enumerate(timesteps):
+            with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
+                output = self.predict(latents, timestep, condition, denoiser)
+                latents = self.scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[0]
+        return latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
+
+    def latent_shape(self, batch_size: int) -> tuple[int, int, int]:
+        """`(batch_size, horizon, action_dim)`."""
+        return batch_size, self.config.horizon, self.action_dim
+
+    def encode(
+        self, batch: dict[str, Tensor], num_context_steps: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalised action sequences and conditions from windows of data.
+
+        Args:
+            batch: `observations` and `actions` of shape `(B, horizon, dim)`.
+            num_context_steps: unused: a policy's context is its observation.
+        """
+        latents = self.normalizer.normalize_actions(batch["actions"])
+        return latents, self.observation_condition(batch["observations"][:, 0])
+
+    def decode(self, latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Observations `(B, 1, observation_dim)` and actions `(B, horizon, action_dim)` in the environment's units."""
+        observations = self.normalizer.unnormalize_observations(condition["embedding"])[:, None]
+        return observations, self.normalizer.unnormalize_actions(latents)
+
+    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Critic's value of actions `(B, C, action_dim)` at observations `(B, observation_dim)`, shape `(B, C)`."""
+        observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
+        return self.critic(observations, self.normalizer.normalize_actions(actions))
+
+
+def _check_selection(selection: str, num_candidates: int, temperature: float, *, has_critic: bool) -> None:
+    if selection not in ACTION_SELECTIONS:
+        raise ValueError(f"`action_selection` must be one of {', '.join(ACTION_SELECTIONS)}; got {selection!r}.")
+    if num_candidates < 1 or not temperature > 0:
+        raise ValueError(f"`num_candidates` and `temperature` must be positive, got {num_candidates}, {temperature}.")
+    if selection != "expectation" and num_candidates > 1 and not has_critic:
+        raise ValueError(
+            f"`action_selection` {selection!r} chooses between candidates by the critic, and this pipeline has none: "
+            "add a critic, use 'expectation', or `num_candidates=1`."
+        )
+
+
+def _select(
+    actions: Tensor, values: Tensor | None, selection: str, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    if selection == "expectation" or values is None:
+        return actions.mean(1)
+    if selection == "greedy":
+        index = values.argmax(1)
+    else:
+        source = generator.device if generator is not None else values.device
+        shares = torch.softmax(values / temperature, dim=1).to(source)
+        index = torch.multinomial(shares, 1, generator=generator)[:, 0].to(values.device)
+    return actions[torch.arange(len(actions), device=actions.device), index]

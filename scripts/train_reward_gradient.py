@@ -1,0 +1,8 @@
+"""`accelerate launch scripts/train_reward_gradient.py --help`: the command `dmc-hub train-reward-gradient` as a script."""
+
+import sys
+
+from dmc_hub.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train-reward-gradient", *sys.argv[1:]]))

@@ -1,0 +1,113 @@
+"""Initialisation, shapes and refusals of the diffusion transformer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmc_hub.models.dit import DiffusionTransformer1D, modulate
+
+
+def tiny(condition_dim: int = 2) -> DiffusionTransformer1D:
+    torch.manual_seed(0)
+    return DiffusionTransformer1D(3, condition_dim, dim=16, num_heads=4, depth=2, timestep_dim=8)
+
+
+def trained() -> DiffusionTransformer1D:
+    """With every parameter away from its initial value, as after training."""
+    model = tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def test_output_is_zero_and_blocks_are_the_identity_at_initialisation() -> None:
+    model = tiny()
+    assert not model(torch.randn(2, 5, 3), 3, torch.randn(2, 2)).sample.any()
+    x, embedding = torch.randn(2, 5, 16), torch.randn(2, 16)
+    for block in model.blocks:
+        assert torch.equal(block(x, embedding), x)
+
+
+def test_what_is_zero_at_initialisation_still_learns() -> None:
+    """Zero weights on both sides of a product would never move: after one step the output is no longer zero."""
+    model, sample, condition = tiny(), torch.randn(2, 5, 3), torch.randn(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(sample, 3, condition).sample - 1).square().mean().backward()
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_attention_equals_torchs_multihead_attention() -> None:
+    block = trained().blocks[0]
+    reference = nn.MultiheadAttention(16, 4, batch_first=True)
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(block.qkv.weight)
+        reference.in_proj_bias.copy_(block.qkv.bias)
+        reference.out_proj.load_state_dict(block.projection.state_dict())
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(block.attention(x), reference(x, x, x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_modulate_by_hand() -> None:
+    x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    assert modulate(x, torch.tensor([[10.0, 0.0]]), torch.tensor([[1.0, -1.0]])).tolist() == [[[12, 0], [16, 0]]]
+
+
+@pytest.mark.parametrize("horizon", [1, 7])
+def test_shapes(horizon: int) -> None:
+    model, sample, condition = trained(), torch.randn(2, horizon, 3), torch.randn(2, 2)
+    output = model(sample, 3, condition).sample
+    assert output.shape == sample.shape
+    assert torch.equal(model(sample, torch.tensor([3, 3]), condition, return_dict=False)[0], output)
+
+
+def test_time_condition_and_position_matter_and_samples_do_not_mix() -> None:
+    model, sample, condition = trained(), torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 2)
+    output = model(sample, 3, condition).sample
+    assert not torch.allclose(output, model(sample, 9, condition).sample)
+    assert not torch.allclose(output, model(sample, 3, condition + 1).sample)
+    assert not torch.allclose(output.flip(1), model(sample.flip(1), 3, condition).sample, atol=1e-4)
+    output[0].sum().backward()
+    assert sample.grad is not None
+    assert sample.grad[0].any()
+    assert not sample.grad[1].any()
+
+
+@pytest.mark.parametrize(
+    ("sample", "condition", "message"),
+    [
+        (torch.zeros(2, 5, 4), torch.zeros(2, 2), r"`sample` must have shape \(batch, horizon, 3\), got \(2, 5, 4\)"),
+        (torch.zeros(5, 3), torch.zeros(2, 2), r"`sample` must have shape \(batch, horizon, 3\), got \(5, 3\)"),
+        (torch.zeros(2, 5, 3), torch.zeros(1, 2), r"`condition` must have shape \(2, 2\), got \(1, 2\)"),
+        (torch.zeros(2, 5, 3), None, r"`condition` must have shape \(2, 2\), got None"),
+    ],
+)
+def test_wrong_shapes_are_refused(sample: Tensor, condition: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny()(sample, 0, condition)
+
+
+def test_a_model_without_condition_takes_none() -> None:
+    model = tiny(condition_dim=0)
+    assert model(torch.zeros(1, 5, 3), 0).sample.shape == (1, 5, 3)
+    with pytest.raises(ValueError, match=r"`condition` must have shape None, got \(1, 2\)"):
+        model(torch.zeros(1, 5, 3), 0, torch.zeros(1, 2))
+
+
+def test_widths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="`dim` must be even and divisible by `num_heads`, got 10 and 4"):
+        DiffusionTransformer1D(3, dim=10, num_heads=4)
+    with pytest.raises(ValueError, match="`timestep_dim` must be even, got 9"):
+        DiffusionTransformer1D(3, dim=8, num_heads=4, timestep_dim=9)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, sample, condition = trained(), torch.randn(2, 5, 3), torch.randn(2, 2)
+    model.save_pretrained(tmp_path)
+    loaded = DiffusionTransformer1D.from_pretrained(tmp_path)
+    assert torch.equal(loaded(sample, 1, condition).sample, model.eval()(sample, 1, condition).sample)

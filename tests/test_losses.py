@@ -1,0 +1,154 @@
+"""Every loss against numbers derived by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from dmc_hub.losses import (
+    denoising_loss,
+    diffusion_dpo_loss,
+    expectile_loss,
+    group_advantages,
+    masked_mean_square,
+    ppo_clip_loss,
+    reinforce_loss,
+)
+
+
+def test_masked_mean_square_counts_only_the_free_entries() -> None:
+    error = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    assert masked_mean_square(error).tolist() == [7.5, 1]  # (1 + 4 + 9 + 16) / 4
+    mask = torch.tensor([[[False, True], [True, False]], [[True, True], [True, True]]])
+    assert masked_mean_square(error, mask).tolist() == [6.5, 1]  # (4 + 9) / 2
+    rows = torch.tensor([[False], [True]])
+    assert masked_mean_square(error, rows).tolist() == [12.5, 1]  # (9 + 16) / 2, the mask broadcast over both
+    assert masked_mean_square(error, torch.zeros(2, 2, 2, dtype=torch.bool)).tolist() == [0, 0]
+
+
+def test_fixed_entries_get_no_gradient() -> None:
+    prediction = torch.zeros(1, 2, requires_grad=True)
+    denoising_loss(prediction, torch.tensor([[1.0, 3.0]]), torch.tensor([[True, False]])).sum().backward()
+    assert prediction.grad is not None
+    assert prediction.grad.tolist() == [[-2, 0]]  # d (p - 1)^2 / dp at 0
+
+
+def test_expectile_loss_by_hand() -> None:
+    loss = expectile_loss(torch.tensor([2.0, -2.0, 0.0]), 0.9)
+    assert loss.tolist() == pytest.approx([3.6, 0.4, 0])  # 0.9 * 4 above, 0.1 * 4 below
+
+
+def test_expectile_loss_is_least_at_the_expectile() -> None:
+    """The 0.8-expectile v of {0, 1}: 0.8 (1 - v) = 0.2 v, so v = 0.8; at 0.5 it is the mean."""
+    targets = torch.tensor([0.0, 1.0])
+    for expectile in (0.5, 0.8):
+        value = torch.tensor(expectile, requires_grad=True)
+        expectile_loss(targets - value, expectile).sum().backward()
+        assert value.grad is not None
+        assert float(value.grad) == pytest.approx(0, abs=1e-6)
+
+
+def test_group_advantages_by_hand() -> None:
+    rewards = torch.tensor([1.0, 3.0, 10.0, 18.0])  # means 2 and 14, deviations -1, 1 and -4, 4
+    assert group_advantages(rewards, 2, scale="none").tolist() == [-1, 1, -4, 4]
+    assert group_advantages(rewards, 2, scale="group", eps=0.0).tolist() == [-1, 1, -1, 1]
+    spread = math.sqrt((1 + 1 + 16 + 16) / 4)
+    expected = [-1 / spread, 1 / spread, -4 / spread, 4 / spread]
+    assert group_advantages(rewards, 2, scale="global", eps=0.0).tolist() == pytest.approx(expected)
+    assert group_advantages(rewards, 4, scale="none").tolist() == [-7, -5, 2, 10]
+
+
+def test_group_advantages_ignore_a_shift_per_group_and_survive_agreement() -> None:
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    shifted = rewards + torch.tensor([5.0, -3.0, 0.5]).repeat_interleave(4)
+    for scale in ("group", "global", "none"):
+        torch.testing.assert_close(
+            group_advantages(shifted, 4, scale=scale), group_advantages(rewards, 4, scale=scale), rtol=1e-4, atol=1e-5
+        )
+        assert group_advantages(torch.full((4,), 2.0), 2, scale=scale).tolist() == [0, 0, 0, 0]
+    # A group that agrees but for rounding: "group" blows 1e-3 up to order 1, "global" keeps it in proportion.
+    nearly = torch.tensor([0.0, 1e-3, 0.0, 2.0])
+    assert float(group_advantages(nearly, 2, scale="group")[1]) > 0.8
+    assert float(group_advantages(nearly, 2, scale="global")[1]) < 1e-3
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_group_sizes_that_do_not_fit_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"`group_size` must be at least 2 and divide the 4 rewards, got {size}"):
+        group_advantages(torch.zeros(4), size)
+
+
+def test_reinforce_gradient_is_the_policy_gradient() -> None:
+    """d/dmean of -A log N(x; mean, 0.5^2) is -A (x - mean) / 0.25."""
+    mean, x = torch.zeros(2, requires_grad=True), torch.tensor([1.0, -2.0])
+    reinforce_loss(Normal(mean, 0.5).log_prob(x), torch.tensor([3.0, -1.0])).sum().backward()
+    assert mean.grad is not None
+    assert mean.grad.tolist() == [-12, -8]
+
+
+CLIPPED: list[Any] = [  # ratio, advantage, loss, gradient of the loss in the log-probability (-A ratio, or 0)
+    (1.0, 2.0, -2.0, -2.0),
+    (1.1, 2.0, -2.2, -2.2),
+    (1.5, 2.0, -2.4, 0.0),  # more likely and good: enough
+    (0.5, 2.0, -1.0, -1.0),  # less likely though good: repaired
+    (1.5, -2.0, 3.0, 3.0),  # more likely though bad: repaired
+    (0.5, -2.0, 1.6, 0.0),  # less likely and bad: enough
+    (1.5, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "expected", "gradient"), CLIPPED)
+def test_ppo_clips_only_the_side_that_has_had_enough(
+    ratio: float, advantage: float, expected: float, gradient: float
+) -> None:
+    log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, found = ppo_clip_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.2)
+    loss.sum().backward()
+    assert log_prob.grad is not None
+    assert float(found) == pytest.approx(ratio)
+    assert float(loss) == pytest.approx(expected)
+    assert float(log_prob.grad) == pytest.approx(gradient)
+
+
+def test_first_ppo_ratio_is_exactly_1_and_its_gradient_is_reinforce() -> None:
+    log_prob = torch.tensor([-1234.567, 0.1], requires_grad=True)
+    advantage = torch.tensor([2.0, -3.0])
+    loss, ratio = ppo_clip_loss(log_prob, log_prob.detach(), advantage, 1e-4)
+    assert ratio.tolist() == [1, 1]
+    (ours,) = torch.autograd.grad(loss.sum(), log_prob)
+    (reinforce,) = torch.autograd.grad(reinforce_loss(log_prob, advantage).sum(), log_prob)
+    assert torch.equal(ours, reinforce)
+
+
+def test_dpo_by_hand() -> None:
+    # The winner's error fell by 0.3, the loser's rose by 0.2: the margin is -2 * 0.5 * (-0.3 - 0.2) = 0.5.
+    one = torch.tensor([1.0])
+    loss, margin = diffusion_dpo_loss(0.7 * one, 1.2 * one, one, one, beta=2.0, weight=0.5)
+    assert float(margin) == pytest.approx(0.5)
+    assert float(loss) == pytest.approx(math.log(1 + math.exp(-0.5)))
+    worse, negative = diffusion_dpo_loss(1.2 * one, 0.7 * one, one, one, beta=2.0)
+    assert float(negative) == pytest.approx(-1)
+    assert float(worse) == pytest.approx(math.log(1 + math.exp(1)))
+
+
+def test_dpo_starts_at_log_2_and_pulls_the_winner_in_and_the_loser_out() -> None:
+    winner, loser = torch.tensor([0.4], requires_grad=True), torch.tensor([0.9], requires_grad=True)
+    loss, margin = diffusion_dpo_loss(winner, loser, winner.detach(), loser.detach(), beta=3.0)
+    loss.sum().backward()
+    assert float(margin) == 0
+    assert float(loss) == pytest.approx(math.log(2))
+    assert winner.grad is not None
+    assert loser.grad is not None
+    # -log sigmoid(m) has slope -1/2 at 0, and m falls by beta per unit of the winner's error.
+    assert float(winner.grad) == pytest.approx(1.5)
+    assert float(loser.grad) == pytest.approx(-1.5)
+
+
+def test_dpo_weight_is_per_pair_and_large_margins_stay_finite() -> None:
+    errors = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0]), torch.ones(2), torch.ones(2)
+    _, margin = diffusion_dpo_loss(*errors, beta=1.0, weight=torch.tensor([1.0, 3.0]))
+    assert margin.tolist() == [1, 3]
+    loss, _ = diffusion_dpo_loss(*errors, beta=-1e6)
+    assert loss.tolist() == [1e6, 1e6]

@@ -1,0 +1,1 @@
+"""Trainers: one algorithm per file, each an `XConfig` and an `XTrainer` on `trainers/base.py`."""

@@ -1,0 +1,771 @@
+"""The one base of all trainers: `transformers.Trainer`, put right for diffusion models.
+
+An algorithm's file adds a config, `make_batch` and `compute_loss`; this file holds everything else that
+differs from the stock trainer: batches and noise that are a function of (seed, rank, step), checkpoints that
+diffusers and peft can read and that are verified before they are loaded, a finite check before each optimizer
+step, EMA, and progress.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import math
+import signal
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
+
+from dmc_hub import checkpoint
+from dmc_hub.checkpoint import CheckpointError
+from dmc_hub.control_pipeline import ADAPTER_WEIGHTS, PEFT_PREFIX
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the gradient is NaN or infinite; raised before the optimizer steps, on all processes."""
+
+
+@dataclass(kw_only=True)
+class DiffusionConfig(TrainingArguments):
+    """What all trainers share. Training runs for `max_steps` optimizer steps: there are no epochs.
+
+    `output_dir=None` means that nothing is written. `save_strategy="steps"` turns checkpoints on.
+    """
+
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch per process and micro-step."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    save_strategy: str = field(default="no", metadata={"help": '"no", "steps" or "best".'})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, e.g. trackio."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the averaged weights that replace the last at the end."}
+    )
+    num_eval_batches: int = field(default=8, metadata={"help": "Batches per process in an evaluation."})
+
+    if TYPE_CHECKING:
+        output_dir: str | None = None
+        _n_gpu: int = 0
+
+    def __post_init__(self) -> None:
+        without_output = self.output_dir is None
+        super().__post_init__()
+        if without_output:
+            self.output_dir = None
+        self._n_gpu = min(self._n_gpu, 1)  # one process per device: nn.DataParallel never
+        # The stock data path and its filter that logs NaN as 0.0 are not used.
+        self.remove_unused_columns, self.ignore_data_skip, self.logging_nan_inf_filter = False, True, False
+        self._check(self.max_steps > 0, "`max_steps` must be positive, got {}.", self.max_steps)
+        self._check(self.num_eval_batches > 0, "`num_eval_batches` must be positive, got {}.", self.num_eval_batches)
+        decay = 0.5 if self.ema_decay is None else self.ema_decay
+        self._check(0 < decay < 1, "`ema_decay` must be between 0 and 1, got {}.", decay)
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            self._check(getattr(self, name) != "epoch", "`{}` must be 'steps': there are no epochs.", name)
+        saves = self.save_strategy != "no"
+        self._check(not (without_output and saves), "`output_dir` is None, but `save_strategy` is not 'no'.")
+        self._check(not self.push_to_hub, "`push_to_hub` must be False: use `pipeline.push_to_hub`.")
+        sharded = bool(self.fsdp or self.deepspeed)
+        self._check(not sharded, "`fsdp` and `deepspeed` are not supported: start several processes instead.")
+
+    @staticmethod
+    def _check(valid: bool, message: str, *values: object) -> None:
+        if not valid:
+            raise ValueError(message.format(*values))
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this process writes checkpoints."""
+        return self.output_dir is not None and super().should_save
+
+
+class DiffusionTrainer(Trainer, ABC):
+    """Trains one component of a pipeline; each algorithm is a subclass with `make_batch` and `compute_loss`.
+
+    Args:
+        pipeline: A `ControlPipeline`, or what has its `components`, `denoiser` and LoRA methods. One
+            component is trained in place, the others are frozen and put in eval mode.
+        args: The trainer's config.
+        train_dataset: The data, in the form the algorithm wants.
+        reward_function: A callable, for algorithms that need one.
+        eval_dataset: Data for `make_eval_batch`.
+        peft_config: Adds a LoRA named "default" by `pipeline.add_lora`, unless the denoiser already has an
+            adapter. A denoiser with an adapter trains only that: one LoRA can go through several trainers.
+        callbacks: `transformers.TrainerCallback` objects.
+    """
+
+    args: DiffusionConfig
+    control: TrainerControl
+    optimizer: Any
+    loss_is_scaled_for_ga = False  # `compute_loss` returns the mean of its micro-batch
+
+    def __init__(
+        self,
+        pipeline: Any,
+        args: DiffusionConfig,
+        *,
+        train_dataset: Any,
+        reward_function: Callable[..., Any] | None = None,
+        eval_dataset: Any = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.pipeline = pipeline
+        self.reward_function = reward_function
+        if peft_config is not None and _adapter_name(pipeline.denoiser) is None:
+            pipeline.add_lora(peft_config, seed=args.seed)
+        self._trainable = _freeze_all_but(pipeline, self.trainable_parameters, args.device)
+        super().__init__(
+            model=self.trainable_module(),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[_LoopCallback(self), *callbacks],
+        )
+        # Without DDP, which syncs only what passes through its own forward: `_average_over_processes` syncs
+        # any loss, be it of several forwards or of none through `model`.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if args.world_size > 1:
+            _leave_process_group_at_exit()
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        self._progress = ProgressBar()
+        if not args.disable_tqdm:
+            self.add_callback(self._progress)
+        self.micro_step = 0
+        self._ema: EMAModel | None = None
+        self._metrics: dict[str, tuple[Tensor, int]] = {}
+        self._window_loss = torch.zeros((), device=args.device)
+        # The mean loss of the step, and the share of the processes that were told to stop:
+        self._step_report = torch.zeros(2, device=args.device)
+        self._stop_requested = False
+        self._stop_agreed = False
+
+    # ---- What an algorithm defines -------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the inputs of one micro-step, on any device, with this CPU generator as the only
+        randomness."""
+
+    @abstractmethod
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss, a scalar, of one micro-batch. Calling `self.pipeline`'s components instead of
+        `model` is fine: gradients are averaged over processes after the backward pass, not by a wrapper's
+        forward."""
+
+    def make_eval_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the inputs of one batch of `self.eval_dataset`; the same generators come in every
+        evaluation."""
+        raise ValueError(f"`{type(self).__name__}` has no evaluation: leave `eval_strategy` at 'no'.")
+
+    def trainable_module(self) -> nn.Module:
+        """The component that is trained; a trainer of the critic returns `self.pipeline.critic`."""
+        return self.pipeline.denoiser
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained: those of the adapter if the module has one, else all of the
+        module."""
+        module: Any = self.trainable_module()
+        adapter = _adapter_name(module)
+        if adapter is None:
+            return list(module.parameters())
+        module.set_adapter(adapter)  # sets requires_grad on this adapter's parameters only
+        module.enable_adapters()
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors of this process to keep in checkpoints besides weights: rollout buffers, target
+        networks."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `extra_state` returned; called before the first step of a resumed run, on CPU
+        tensors."""
+
+    def after_optimizer_step(self) -> None:
+        """Called after each optimizer step, before a checkpoint is written: to move a target network, say."""
+
+    # ---- What an algorithm uses ----------------------------------------------------------------------------
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A new CPU generator that is a function of (`args.seed`, process, micro-step, `purpose`).
+
+        The same purpose in the same micro-step gives the same stream: use one name per use.
+        """
+        return self._seeded(purpose, self.micro_step)
+
+    def log_metric(self, name: str, value: Tensor | float) -> None:
+        """Add to the mean of `name` (over steps, elements and processes) in the next log. Does not wait for a
+        GPU."""
+        added = torch.as_tensor(value, device=self.args.device).detach().float().mean()
+        total, count = self._metrics.get(name, (torch.zeros((), device=self.args.device), 0))
+        self._metrics[name] = (total + added, count + 1)
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The rows logged so far, each with its `step`."""
+        return self.state.log_history
+
+    # ---- Training ------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
+        """Train for `args.max_steps` steps, counted from the start of the run.
+
+        A first Ctrl-C or SIGTERM ends the current step, saves a checkpoint if saving is on, and stops; a
+        second Ctrl-C stops at once.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest one in `args.output_dir` that
+                verifies. The resumed run equals an uninterrupted one bit for bit on the same hardware.
+
+        Raises:
+            CheckpointError: if the checkpoint is corrupt or does not fit. The weights are then unchanged.
+            NonFiniteLossError: if loss or gradient is not finite. The weights are those of the step before.
+            KeyboardInterrupt: after an interrupted run has stopped.
+        """
+        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        set_seed(_hash_seed("global", self.args.seed, self.args.process_index) % 2**32)
+        self.optimizer = None
+        self._metrics, self._ema = {}, None
+        self._window_loss.zero_()
+        self._stop_requested = self._stop_agreed = False
+        try:
+            with _stop_signals(self._request_stop), self._gradient_checkpointing():
+                output = super().train(None if resume is None else str(resume))
+        finally:
+            self._progress.close()
+            self.is_in_train = False
+            self.model.eval()
+        if self._ema is not None:
+            self._ema.copy_to(self._trainable)
+        if self._stop_requested or self._stop_agreed:
+            raise KeyboardInterrupt(f"Stopped at step {self.state.global_step} of {self.args.max_steps}.")
+        return output
+
+    def get_train_dataloader(self) -> _MicroSteps:
+        """The numbers of the remaining micro-steps; `_prepare_inputs` turns each into its batch."""
+        return _MicroSteps(self)
+
+    def num_examples(self, dataloader: Any) -> int:
+        return self.args.max_steps * self.get_total_train_batch_size(self.args)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        self.micro_step = inputs["micro_step"]
+        return super()._prepare_inputs(self.make_batch(self._seeded("batch", self.micro_step)))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._window_loss += loss.float()
+        if self.accelerator.sync_gradients:
+            self._average_over_processes()
+            self._window_loss.zero_()
+        return loss
+
+    def _average_over_processes(self) -> None:
+        """One collective per optimizer step: the mean gradient, the mean loss, and whether a process is to
+        stop."""
+        stop = torch.full_like(self._window_loss, float(self._stop_requested))
+        self._step_report = torch.stack([self._window_loss, stop])
+        if self.args.world_size == 1:
+            return
+        for parameter in self._trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+        flat = torch.cat([*(grad.float().flatten() for grad in grads), self._step_report])
+        torch.distributed.all_reduce(flat)
+        flat /= self.args.world_size
+        *means, self._step_report = flat.split([*(grad.numel() for grad in grads), 2])
+        for grad, mean in zip(grads, means, strict=True):
+            grad.copy_(mean.view_as(grad))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last call before the optimizer steps. NaN and infinity survive the averaging, so all processes
+        agree."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self._step_report.device)
+        norm_value, loss, stop = torch.cat([norm.reshape(1), self._step_report]).tolist()
+        self._stop_agreed = stop > 0
+        scaler = self.accelerator.scaler
+        # A loss scaler skips steps with infinite gradients by itself.
+        is_scaled = scaler is not None and scaler.is_enabled()
+        if not math.isfinite(loss) or not (is_scaled or math.isfinite(norm_value)):
+            raise NonFiniteLossError(
+                f"Step {self.state.global_step + 1}: the loss is {loss} and the norm of the gradient "
+                f"{norm_value}. The weights are those of the step before. Lower `learning_rate`, or check the"
+                " data and rewards."
+            )
+        return grad_norm
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.world_size > 1:
+            for tensor in self.model.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+        if self.args.ema_decay is not None:
+            self._ema = EMAModel(self._trainable, decay=self.args.ema_decay, foreach=True)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            self._load_ema(folder)
+            extra = folder / f"extra-{self.args.process_index}.safetensors"
+            if extra.is_file():
+                self.load_extra_state(checkpoint.load_tensors(extra))
+        return prepared
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        result = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # this run's intervals, not those of the checkpoint
+        return result
+
+    def _after_step(self, control: TrainerControl) -> None:
+        self.after_optimizer_step()
+        if self._ema is not None:
+            self._ema.step(self._trainable)
+        if self._stop_agreed:
+            control.should_training_stop = True
+            control.should_save = self.args.save_strategy != "no"
+
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+
+    @contextmanager
+    def _gradient_checkpointing(self) -> Iterator[None]:
+        """Call diffusers' method; the stock trainer would call one that diffusers models don't have."""
+        wanted = self.args.activation_checkpointing
+        if wanted:
+            self.model.enable_gradient_checkpointing()
+        self.args.activation_checkpointing = False
+        try:
+            yield
+        finally:
+            self.args.activation_checkpointing = wanted
+
+    def _seeded(self, purpose: str, micro_step: int) -> torch.Generator:
+        seed = _hash_seed(purpose, self.args.seed, self.args.process_index, micro_step)
+        return torch.Generator().manual_seed(seed)
+
+    # ---- Logging and evaluation ----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.state.epoch = None  # there are none
+        logs.pop("total_flos", None)
+        logs.update(self._drain_metrics())
+        super().log(logs, start_time)
+
+    def _drain_metrics(self) -> dict[str, float]:
+        mine = {name: (total.item(), count) for name, (total, count) in self._metrics.items()}
+        self._metrics = {}
+        sums: dict[str, tuple[float, int]] = {}
+        for metrics in gather_object([mine]):
+            for name, (total, count) in metrics.items():
+                previous = sums.get(name, (0.0, 0))
+                sums[name] = (previous[0] + total, previous[1] + count)
+        return {name: total / count for name, (total, count) in sums.items()}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss, and the metrics that `compute_loss` logs, on `args.num_eval_batches` batches.
+
+        During training with EMA the averaged weights are evaluated.
+        """
+        training_metrics, self._metrics = self._metrics, {}
+        micro_step, was_training = self.micro_step, self.model.training
+        self.model.eval()
+        try:
+            with self._averaged_weights(), self._kept_rng(), torch.no_grad():
+                for index in range(self.args.num_eval_batches):
+                    self.micro_step = -1 - index  # evaluation shares no randomness with training
+                    batch = self._prepare_input(self.make_eval_batch(self._seeded("batch", self.micro_step)))
+                    self.log_metric("loss", self.compute_loss(self.model, batch))
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain_metrics().items()}
+            self.log(dict(metrics))
+        finally:
+            self._metrics, self.micro_step = training_metrics, micro_step
+            self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _kept_rng(self) -> AbstractContextManager[None]:
+        """Evaluation shall not change what training draws from torch's global generators."""
+        return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self._ema is None or not self.is_in_train:
+            yield
+            return
+        self._ema.store(self._trainable)
+        self._ema.copy_to(self._trainable)
+        try:
+            yield
+        finally:
+            self._ema.restore(self._trainable)
+
+    # ---- Checkpoints: writing ------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return "" if self.args.output_dir is None else self.args.output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write `checkpoint-<step>`: each process its own files, then the main process the rest and the
+        manifest."""
+        folder = self._folder(self.state.global_step)
+        is_main = self.is_world_process_zero()
+        stage: Path | None = None
+        with self._all_or_none():
+            stage = checkpoint.open_stage(folder) if is_main else None
+        [stage] = broadcast_object_list([stage])
+        assert stage is not None
+        try:
+            with self._all_or_none():
+                self._write_rank_files(stage)
+                if is_main:
+                    self._write_shared_files(stage)
+            with self._all_or_none():
+                if is_main:
+                    checkpoint.commit_stage(stage, folder, self._metadata())
+                    self._prune()
+        finally:
+            if is_main:
+                checkpoint.discard_stage(stage)
+
+    def _folder(self, step: int) -> Path:
+        return Path(self._get_output_dir(None)) / f"checkpoint-{step}"
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Wait for all processes at the end of the block; if it failed on one, it fails on all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        errors = gather_object([None if error is None else f"process {self.args.process_index}: {error!r}"])
+        if error is not None:
+            raise error
+        if any(errors):
+            raise CheckpointError(f"The checkpoint was not written: {'; '.join(filter(None, errors))}")
+
+    def _write_rank_files(self, stage: Path) -> None:
+        extra = self.extra_state()
+        if extra:
+            checkpoint.save_tensors(stage / f"extra-{self.args.process_index}.safetensors", extra)
+        checkpoint.save_rng_state(stage / f"rng-{self.args.process_index}.safetensors")
+
+    def _write_shared_files(self, stage: Path) -> None:
+        self._save(str(stage))
+        checkpoint.save_optimizer(self.optimizer.optimizer, stage)
+        checkpoint.save_json(stage / "scheduler.json", self.lr_scheduler.state_dict())
+        if self.accelerator.scaler is not None:
+            checkpoint.save_json(stage / "scaler.json", self.accelerator.scaler.state_dict())
+        if self._ema is not None:
+            shadow = {str(index): tensor for index, tensor in enumerate(self._ema.shadow_params)}
+            checkpoint.save_tensors(stage / "ema.safetensors", shadow)
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or self._folder(best).is_dir()):
+            self.state.best_model_checkpoint = str(self._folder(best))
+        self.state.epoch = None
+        self.state.save_to_json(str(stage / "trainer_state.json"))
+
+    def _metadata(self) -> dict[str, Any]:
+        exact, others = self._run_facts()
+        return {"step": self.state.global_step, **exact, **others}
+
+    def _run_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a resumed run must share with that of its checkpoint, and what it must share to equal it."""
+        exact: dict[str, Any] = {"trainer": type(self).__name__, "world_size": self.args.world_size}
+        exact["ema"] = self.args.ema_decay is not None
+        # The states of optimizer and schedule bring their old values back: a new one would be ignored.
+        for name in ("optim", "learning_rate", "weight_decay", "lr_scheduler_type"):
+            exact[name] = getattr(self.args, name)
+        if _adapter_name(self.model) is not None:
+            exact["base_fingerprint"] = self.pipeline.base_fingerprint()
+        others = ["seed", "gradient_accumulation_steps", "per_device_train_batch_size"]
+        if self.args.lr_scheduler_type != "constant":
+            others.append("max_steps")
+        return exact, {name: getattr(self.args, name) for name in others}
+
+    def _prune(self) -> None:
+        if self.args.save_total_limit is not None:
+            best = self.state.best_model_checkpoint
+            protect = [] if best is None else [Path(best)]
+            checkpoint.prune(self._get_output_dir(None), max(1, self.args.save_total_limit), protect)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the weights: `<component>/` as diffusers does, or of an adapter the two files that peft
+        reads."""
+        if output_dir is None and self.args.output_dir is None:
+            raise ValueError("`output_dir` is None: say where to save the model.")
+        if not self.is_world_process_zero():
+            return
+        folder = Path(output_dir or self.args.output_dir or "")
+        adapter = _adapter_name(self.model)
+        if adapter is None:
+            self.model.save_pretrained(folder / self._component_name())
+        else:  # `save_pretrained` of a model with a LoRA attached would write a file that cannot be loaded
+            self.pipeline.save_lora_weights(folder, adapter_name=adapter)
+
+    def _component_name(self) -> str:
+        names = [name for name, component in self.pipeline.components.items() if component is self.model]
+        return names[0] if names else "model"
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the card is written for the whole alignment, not for one trainer."""
+
+    # ---- Checkpoints: reading ------------------------------------------------------------------------------
+
+    def _checkpoint_to_resume(self, resume: str | Path | bool | None) -> Path | None:
+        """The verified folder to resume from, or None to start afresh. Nothing has been loaded yet."""
+        output_dir = self.args.output_dir
+        if resume is None or resume is False:
+            saves = output_dir is not None and self.args.save_strategy != "no"
+            existing = checkpoint.checkpoints(output_dir or "") if saves else []
+            if existing:
+                raise ValueError(
+                    f"`output_dir` {output_dir!r} already holds {existing[-1].name}: continue that run with "
+                    "`resume_from_checkpoint=True`, or choose another folder."
+                )
+            return None
+        if resume is True:
+            folder = None if output_dir is None else checkpoint.latest_checkpoint(output_dir)
+            if folder is None:
+                raise ValueError(f"`resume_from_checkpoint` is True, but {output_dir!r} holds no usable checkpoint.")
+            manifest = checkpoint.read_manifest(folder)
+        else:
+            folder = Path(resume)
+            manifest = checkpoint.verify(folder)
+            self._refuse_rewinding(folder)
+        self._check_run_facts(folder, manifest.metadata)
+        return folder
+
+    def _refuse_rewinding(self, folder: Path) -> None:
+        """Two timelines in one folder would make "the newest checkpoint" mean nothing."""
+        output_dir = self.args.output_dir
+        if output_dir is None or self.args.save_strategy == "no":
+            return
+        if folder.parent.resolve() != Path(output_dir).resolve():
+            return
+        newest = checkpoint.latest_checkpoint(output_dir)
+        if newest is not None and newest.name != folder.name:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {folder.name}, but {output_dir!r} also holds {newest.name}: "
+                "move the newer checkpoints away, or choose another `output_dir`."
+            )
+
+    def _check_run_facts(self, folder: Path, written: Mapping[str, Any]) -> None:
+        exact, others = self._run_facts()
+        for name, value in exact.items():
+            if written.get(name) != value:
+                raise CheckpointError(f"`{folder}` is of a run with {name} {written.get(name)!r}, not {value!r}.")
+        pairs = {name: (written.get(name), value) for name, value in others.items()}
+        changed = [f"`{name}` from {old} to {new}" for name, (old, new) in pairs.items() if old != new]
+        if changed:
+            text = f"Resuming from `{folder}` with {', '.join(changed)}: the result will differ from"
+            warnings.warn(f"{text} that of an uninterrupted run.", stacklevel=4)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Copy the weights in, after all names and shapes have been compared."""
+        folder = Path(resume_from_checkpoint)
+        adapter = _adapter_name(self.model)
+        if adapter is None:
+            expected = self.model.state_dict()
+            files = sorted((folder / self._component_name()).glob("*.safetensors"))
+            loaded = {key: value for file in files for key, value in checkpoint.load_tensors(file).items()}
+        else:
+            expected = get_peft_model_state_dict(self.model, adapter_name=adapter)
+            loaded = checkpoint.load_tensors(folder / ADAPTER_WEIGHTS)
+            loaded = {key.removeprefix(PEFT_PREFIX): value for key, value in loaded.items()}
+        checkpoint.check_same_tensors(folder, loaded, expected)
+        if adapter is None:
+            self.model.load_state_dict(loaded)
+        else:
+            set_peft_model_state_dict(self.model, loaded, adapter_name=adapter)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_optimizer(self.optimizer.optimizer, Path(checkpoint_folder))
+            schedule = checkpoint.load_json(Path(checkpoint_folder) / "scheduler.json")
+            self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_scaler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None and self.accelerator.scaler is not None:
+            state = checkpoint.load_json(Path(checkpoint_folder) / "scaler.json")
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            name = f"rng-{self.args.process_index}.safetensors"
+            checkpoint.load_rng_state(Path(checkpoint_folder) / name)
+
+    def _load_ema(self, folder: Path) -> None:
+        if self._ema is None:
+            return
+        loaded = checkpoint.load_tensors(folder / "ema.safetensors")
+        expected = {str(index): tensor for index, tensor in enumerate(self._ema.shadow_params)}
+        checkpoint.check_same_tensors(folder, loaded, expected)
+        for name, tensor in expected.items():
+            tensor.copy_(loaded[name])
+        self._ema.optimization_step = self.state.global_step
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        folder = Path(self.state.best_model_checkpoint)
+        checkpoint.verify(folder)
+        self._load_from_checkpoint(str(folder))
+        self._load_ema(folder)
+
+
+# ---- Parts -------------------------------------------------------------------------------------------------
+
+
+class _MicroSteps:
+    """Stands where the stock trainer has its dataloader: yields the number of each micro-step from the
+    current one on.
+
+    The numbering is global_step * gradient_accumulation_steps + position, so a resumed run goes on where it
+    stopped.
+    """
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.args.max_steps * self.trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        start = self.trainer.state.global_step * self.trainer.args.gradient_accumulation_steps
+        return ({"micro_step": number} for number in range(start, len(self)))
+
+
+class _LoopCallback(TrainerCallback):
+    """Runs the trainer's own work at the end of each step, before a checkpoint may be written."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._after_step(control)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar of steps on stderr, with the latest metrics behind it."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        if self.bar is not None and "train_runtime" not in logs:
+            self.bar.set_postfix({key: f"{value:.3g}" for key, value in logs.items() if key != "learning_rate"})
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _hash_seed(*key: str | int) -> int:
+    """A 63-bit seed that is the same on every machine and in every version of Python."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _adapter_name(module: nn.Module) -> str | None:
+    """The adapter to train: "default", or the only one; None without adapters."""
+    if not isinstance(module, PeftAdapterMixin) or not module._hf_peft_config_loaded:
+        return None
+    names = list(module.peft_config)
+    if "default" in names:
+        return "default"
+    if len(names) > 1:
+        raise ValueError(f"The model has the adapters {names}: name the one to train 'default', or delete the others.")
+    return names[0] if names else None
+
+
+def _freeze_all_but(
+    pipeline: Any, trainable_parameters: Callable[[], list[nn.Parameter]], device: torch.device
+) -> list[nn.Parameter]:
+    """Move the pipeline's components to `device`, in eval mode and without gradients but for the parameters
+    given."""
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval().to(device)
+    trainable = trainable_parameters()
+    if not trainable:
+        raise ValueError("The pipeline has no parameter to train.")
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return trainable
+
+
+@cache
+def _leave_process_group_at_exit() -> None:
+    """gloo's threads may release tensors when Python is already gone, which aborts a finished process."""
+    if torch.distributed.get_backend() == "gloo":
+        atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+
+
+@contextmanager
+def _stop_signals(request_stop: Callable[[], None]) -> Iterator[None]:
+    """Turn the first Ctrl-C and every SIGTERM into `request_stop`; a second Ctrl-C interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request_stop()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

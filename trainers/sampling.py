@@ -1,0 +1,145 @@
+"""What trainers that learn from their own samples share: a buffer that is filled, trained on, and filled again."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmc_hub.data import Episodes
+from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
+from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(DiffusionConfig):
+    """What all trainers that sample from the controller share."""
+
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps while sampling; the pipeline's own by default."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("per_device_train_batch_size", "num_inference_steps")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise a ValueError for each named setting that is neither None nor at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+class SamplingTrainer(DiffusionTrainer):
+    """Draws conditions from the data, samples with the controller, and trains for a while on what it got.
+
+    A subclass says how many micro-steps one buffer serves (`micro_steps_per_buffer`), how it is filled (`collect`) and
+    which part a micro-step takes (`draw`). The buffer is part of the checkpoint, so that a run can be resumed in the
+    middle of one.
+
+    `train_dataset` is an `Episodes` or a `datasets.Dataset` with its columns; only its observations are used, as
+    conditions. `reward_function` is `critic_reward(pipeline)` by default.
+    """
+
+    args: Any
+
+    def __init__(
+        self,
+        pipeline: Any,
+        args: Any,
+        *,
+        train_dataset: Any,
+        reward_function: RewardFunction | None = None,
+        **kwargs: Any,
+    ) -> None:
+        reward_function = critic_reward(pipeline) if reward_function is None else reward_function
+        super().__init__(
+            pipeline, args, train_dataset=Episodes.ensure(train_dataset), reward_function=reward_function, **kwargs
+        )
+        self.windows = self.train_dataset.windows(pipeline.config.horizon)
+        self._buffer: dict[str, Tensor] = {}
+        self._check_reward_function()
+
+    @property
+    @abstractmethod
+    def micro_steps_per_buffer(self) -> int:
+        """After so many micro-steps the buffer is filled anew."""
+
+    @abstractmethod
+    def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fill the buffer. Runs without gradient."""
+
+    @abstractmethod
+    def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """The inputs of micro-step `position` (from 0) of this buffer."""
+
+    def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+        position = self.micro_step % self.micro_steps_per_buffer
+        if position == 0 or not self._buffer:
+            with torch.no_grad():
+                self._buffer = self.collect(generator)
+        return self.draw(self._buffer, position, self.generator("draw"))
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {name: tensor.contiguous() for name, tensor in self._buffer.items()}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self._buffer = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+
+    # What subclasses use
+
+    def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Conditions at `count` observations drawn from the data."""
+        steps = torch.randint(self.train_dataset.num_steps, (count,), generator=generator)
+        observations = torch.from_numpy(self.train_dataset.observations[steps.numpy()])
+        return self.pipeline.observation_condition(observations.to(self.args.device))
+
+    def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Checked rewards `(B,)` of normalised samples."""
+        return call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+
+    def reference_if(self, wanted: bool) -> AbstractContextManager[None]:
+        """Inside the block the controller is the foundation if `wanted`."""
+        return self.pipeline.lora_disabled() if wanted else nullcontext()
+
+    def sample_ranked(
+        self, num_conditions: int, num_candidates: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Sample candidates per condition and order them by reward, the best first.
+
+        Returns:
+            Latents `(num_conditions, num_candidates, horizon, dim)`, the conditions (one per group), and the rewards
+            `(num_conditions, num_candidates)`.
+        """
+        condition = self.conditions(num_conditions, generator)
+        repeated = self.pipeline.repeat(condition, num_candidates)
+        latents = self.pipeline.sample(repeated, num_inference_steps=self.args.num_inference_steps, generator=generator)
+        rewards = self.rewards(latents, repeated).reshape(num_conditions, num_candidates)
+        self.log_metric("reward", rewards)
+        order = rewards.argsort(dim=1, descending=True)
+        latents = latents.unflatten(0, (num_conditions, num_candidates))
+        ranked = latents.gather(1, order[:, :, None, None].expand_as(latents))
+        return ranked, condition, rewards.gather(1, order)
+
+    def _check_reward_function(self) -> None:
+        """Call the reward function once on data, so that a broken one is found before anything is trained."""
+        count = min(4, self.train_dataset.num_steps)
+        batch = {name: value.to(self.args.device) for name, value in self.windows.gather(torch.arange(count)).items()}
+        with torch.no_grad():
+            self.rewards(*self.pipeline.encode(batch))
+
+
+def pack(prefix: str, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a condition under `prefix.`, to keep them in a buffer."""
+    return {f"{prefix}.{name}": value for name, value in condition.items()}
+
+
+def unpack(prefix: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The condition that `pack` put into a batch."""
+    return {name.removeprefix(f"{prefix}."): value for name, value in batch.items() if name.startswith(f"{prefix}.")}
