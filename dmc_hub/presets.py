@@ -111,10 +111,10 @@ def nav1d(controller: str) -> Preset:
             critic=critic,
             methods=("ddpo", "dpo", "sft"),
             stages={
-                "ddpo": {"max_steps": 60},
+                "ddpo": {"max_steps": 80},
                 "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
                 "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
-                "sft": {"max_steps": 150, "per_device_train_batch_size": 128},
+                "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
             },
             num_candidates=16,
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 try:
     from dmc_hub.control_pipeline import ControlPipeline
 except ImportError:  # loaded from the Hub where dmc_hub is not installed
-    ControlPipeline = DiffusionPipeline  # type: ignore[misc, assignment]
+    ControlPipeline = DiffusionPipeline  # type: ignore[misc]
 
 ACTION_SELECTIONS = ("greedy", "expectation", "softmax")
 
@@ -115,9 +115,17 @@ class DiffuserPlannerPipeline(ControlPipeline):
         actions = plans[:, :, 0, self.observation_dim :]
         values = self.values(observations, actions) if self.critic is not None else None
         chosen = _select(actions, values, action_selection, temperature, generator)
-        batched = np.ndim(observation) == 2
-        outputs = [None if x is None else x.cpu().numpy() for x in (chosen, actions, values, plans)]
-        return PlannerOutput(*(x if batched or x is None else x[0] for x in outputs))
+        single = np.ndim(observation) == 1
+
+        def rows(tensor: Tensor) -> np.ndarray:
+            return tensor[0].cpu().numpy() if single else tensor.cpu().numpy()
+
+        return PlannerOutput(
+            action=rows(chosen),
+            candidates=rows(actions),
+            values=None if values is None else rows(values),
+            trajectories=rows(plans),
+        )
 
     # What trainers use: conditions, sampling, and the way between data and latents
 

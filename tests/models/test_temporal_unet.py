@@ -73,4 +73,8 @@ def test_conditions_and_odd_widths_are_refused() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     model, sample = tiny(), torch.randn(2, 4, 3)
     model.save_pretrained(tmp_path)
-    assert torch.equal(TemporalUnet.from_pretrained(tmp_path)(sample, 1).sample, model.eval()(sample, 1).sample)
+    loaded = TemporalUnet.from_pretrained(tmp_path)
+    assert loaded.config.dim_mults == [1, 2, 4]
+    for name, weights in loaded.state_dict().items():
+        assert torch.equal(weights, model.state_dict()[name])
+    torch.testing.assert_close(loaded(sample, 1).sample, model(sample, 1).sample, rtol=1e-4, atol=1e-5)
