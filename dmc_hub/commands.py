@@ -177,7 +177,7 @@ def _train_foundation(
     trainer = trainer_type(pipeline, config, train_dataset=episodes)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if trainer.is_world_process_zero():
-        with checkpoint.write_folder_atomically(output_dir / "pipeline", {"task": task.name}) as stage:
+        with checkpoint.write_folder_atomically(output_dir / "pipeline", _facts(task.name, trainer)) as stage:
             pipeline.save_pretrained(stage)
         _say(f"saved {output_dir / 'pipeline'}")
 
@@ -197,9 +197,18 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if trainer.is_world_process_zero():
-        with checkpoint.write_folder_atomically(output_dir / "adapter", {"task": task.name}) as stage:
+        with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(task.name, trainer)) as stage:
             pipeline.save_lora_weights(stage)
         _say(f"saved {output_dir / 'adapter'}")
+
+
+def _facts(task: str, trainer: DiffusionTrainer) -> dict[str, Any]:
+    return {
+        "task": task,
+        "trainer": type(trainer).__name__,
+        "step": trainer.state.global_step,
+        "world_size": trainer.args.world_size,
+    }
 
 
 def _output_dir(config: Any) -> Path:

@@ -20,6 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+# diffusers loads the components of a saved pipeline from modules that are already imported only.
+from dmc_hub import scheduler as _scheduler  # noqa: F401
+from dmc_hub.models import critic, dit, normalizer, temporal_unet  # noqa: F401
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 DIFFUSERS_ADAPTER_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -63,7 +67,7 @@ class ControlPipeline(DiffusionPipeline):
         _check_leaves_base(config)
         config = copy.deepcopy(config)
         if config.target_modules is None:
-            config.target_modules = adaptable_modules(self.denoiser)
+            config.target_modules = set(adaptable_modules(self.denoiser))
         before = list(self.denoiser.parameters())
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

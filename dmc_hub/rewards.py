@@ -47,7 +47,10 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
 
     Raises:
         ValueError: the wrong number of rewards, or NaN or infinite ones.
+        FloatingPointError: the actions to be rewarded are not finite: the controller has collapsed.
     """
+    if not torch.isfinite(actions).all():
+        raise FloatingPointError("The controller generates NaN or infinite actions: its weights have collapsed.")
     returned = reward_function(observations, actions)
     if not isinstance(returned, Tensor):
         returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
@@ -59,7 +62,7 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
     if not torch.isfinite(rewards).all():
         bad = (~torch.isfinite(rewards)).nonzero().flatten()
         raise ValueError(
-            f"`reward_function` returned {float(rewards[bad[0]])} for {len(bad)} of {len(rewards)} samples, the first "
+            f"`reward_function` returned {rewards[bad[0]].item()} for {len(bad)} of {len(rewards)} samples, the first "
             f"at index {int(bad[0])}: return finite numbers."
         )
     return rewards

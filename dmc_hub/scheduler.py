@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -491,7 +491,7 @@ def randn(
 
 
 def _noise_schedule(name: str, options: dict[str, float]) -> NoiseSchedule:
-    known = {option.name for option in fields(SCHEDULES[name])} - {"timestep_origin"}
+    known = {option.name for option in fields(cast(Any, SCHEDULES[name]))} - {"timestep_origin"}
     if not options.keys() <= known:
         raise ValueError(
             f"`schedule_options` of {name!r} are {', '.join(sorted(known)) or 'none'}; got {', '.join(sorted(options))}."

@@ -87,7 +87,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         num_inference_steps: int | None = None,
         action_selection: str = "greedy",
         temperature: float = 1.0,
-        generator: int | torch.Generator | None = None,
+        generator: int | np.integer | torch.Generator | None = None,
     ) -> PlannerOutput:
         """Choose actions; all observations × candidates are denoised in one batch.
 

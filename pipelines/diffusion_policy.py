@@ -81,7 +81,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
         num_inference_steps: int | None = None,
         action_selection: str = "greedy",
         temperature: float = 1.0,
-        generator: int | torch.Generator | None = None,
+        generator: int | np.integer | torch.Generator | None = None,
     ) -> PolicyOutput:
         """Choose actions; all observations × candidates are denoised in one batch.
 

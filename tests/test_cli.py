@@ -190,7 +190,7 @@ def test_help_names_every_command_and_an_example_of_it(capsys: pytest.CaptureFix
         assert f"\n  {name} " in text
         assert command.example.split()[:2] == ["dmc-hub", name]
         assert f"$ {command.example}\n" in text
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +279,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_tasks_lists_the_known_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tasks"]) == 0
-    assert "nav1d-full" in capsys.readouterr().out.splitlines()
+    assert "nav1d-full " in capsys.readouterr().out
 
 
 def test_a_config_of_transformers_can_be_parsed(tmp_path: Path) -> None:

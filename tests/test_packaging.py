@@ -110,7 +110,7 @@ def _run(code: str) -> str:
 
 @pytest.mark.parametrize("module", ["dmc_hub", "dmc_hub.cli"])
 def test_import_is_light(module: str) -> None:
-    heavy = {"diffusers", "gymnasium", "matplotlib", "numpy", "torch", "transformers", "yaml"}
+    heavy = {"datasets", "diffusers", "matplotlib", "torch", "transformers", "yaml"}
     assert _run(f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 

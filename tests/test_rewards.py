@@ -47,7 +47,7 @@ def test_critic_reward_is_q_minus_v_by_hand() -> None:
     # First pair: min Q = 10 (1 + 2) = 30, V = 30; of the second sample -10 and -30.
     assert critic_reward(controller)(observations, actions).tolist() == pytest.approx([0, 20], abs=1e-5)
     assert critic_reward(controller, subtract_value=False)(observations, actions).tolist() == pytest.approx([30, -10])
-    # Second pair: Q - V = 10 (0 - 1) - 0 = -10, and 10 (-1 + 1) + 30 = 30; asking for more pairs than there are is fine.
+    # Second pair: Q - V = 10 (0 - 1) - 0 = -10, and 10 (-1 + 1) + 30 = 30; more than there are is fine.
     for num_steps in (2, 9):
         both = critic_reward(controller, num_steps=num_steps)(observations, actions)
         assert both.tolist() == pytest.approx([-5, 25], abs=1e-5)

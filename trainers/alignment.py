@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
 from dmc_hub.rewards import RewardFunction
-from dmc_hub.trainers.base import NonFiniteLossError
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
@@ -152,11 +151,11 @@ class SequentialAligner:
             metrics = self._train(stage, method)
             measured = self._validated(start)
             reason = self._collapse(measured)
-        except NonFiniteLossError as error:
+        except FloatingPointError as error:  # NonFiniteLossError, or samples that are not finite
             reason, measured = str(error), {}
         if reason:
             self._set_adapter(self._best[1])
-            measured = measured or {**self._validated(start)}
+            measured = measured or self._validated(start)
         decision = "rolled back" if reason else "kept"
         self._finish(StageResult(stage, method, decision, reason or "within bounds", **measured, train_metrics=metrics))
 

@@ -58,7 +58,9 @@ class DiffusionConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     save_strategy: str = field(default="no", metadata={"help": '"no", "steps" or "best".'})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, e.g. trackio."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
+        default="none", metadata={"help": "Trackers, e.g. trackio."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of the averaged weights that replace the last at the end."}
     )
@@ -270,9 +272,21 @@ class DiffusionTrainer(Trainer, ABC):
             self.model.eval()
         if self._ema is not None:
             self._ema.copy_to(self._trainable)
+        self._check_processes_agree()
         if self._stop_requested or self._stop_agreed:
             raise KeyboardInterrupt(f"Stopped at step {self.state.global_step} of {self.args.max_steps}.")
         return output
+
+    def _check_processes_agree(self) -> None:
+        """Raise if the trained weights differ between processes, which no later step would notice."""
+        if self.args.world_size == 1:
+            return
+        digest = hashlib.sha256()
+        for parameter in self._trainable:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        digests = gather_object([digest.hexdigest()])
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"After step {self.state.global_step} the weights of the processes differ: {digests}.")
 
     def get_train_dataloader(self) -> _MicroSteps:
         """The numbers of the remaining micro-steps; `_prepare_inputs` turns each into its batch."""

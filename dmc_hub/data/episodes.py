@@ -70,7 +70,7 @@ class Episodes:
         """Episodes as they are, a dataset read and checked."""
         if isinstance(data, cls):
             return data
-        if isinstance(data, Dataset):
+        if isinstance(data, datasets.Dataset):
             return cls.from_dataset(data)
         raise ValueError(f"`train_dataset` must be an Episodes or a datasets.Dataset, got {type(data).__name__}.")
 

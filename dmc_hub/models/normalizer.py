@@ -39,8 +39,9 @@ class Normalizer(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Normalizer:
-        """As in diffusers, but the statistics are read as float32 whatever `torch_dtype` is asked for."""
-        return super().from_pretrained(*args, **{**kwargs, "torch_dtype": torch.float32})
+        """As in diffusers, but the statistics are read as float32 whatever dtype is asked for."""
+        others = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+        return super().from_pretrained(*args, **others)
 
     @classmethod
     def from_data(cls, observations: np.ndarray, actions: np.ndarray, mode: str = "limits") -> Normalizer:

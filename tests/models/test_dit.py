@@ -1,6 +1,7 @@
 """Initialisation, shapes and refusals of the diffusion transformer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_what_is_zero_at_initialisation_still_learns() -> None:
 
 
 def test_attention_equals_torchs_multihead_attention() -> None:
-    block = trained().blocks[0]
+    block: Any = trained().blocks[0]
     reference = nn.MultiheadAttention(16, 4, batch_first=True)
     with torch.no_grad():
         reference.in_proj_weight.copy_(block.qkv.weight)

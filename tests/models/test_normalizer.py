@@ -48,7 +48,7 @@ def test_a_normalizer_without_statistics_refuses_everything() -> None:
     normalizer = Normalizer(3, 1)
     calls: list[Any] = [normalizer.normalize_observations, normalizer.unnormalize_observations]
     for call in (*calls, normalizer.normalize_actions, normalizer.unnormalize_actions):
-        with pytest.raises(ValueError, match="has no statistics: build it with `Normalizer.from_data`"):
+        with pytest.raises(ValueError, match=r"has no statistics: build it with `Normalizer\.from_data`"):
             call(torch.zeros(2, 3 if call in calls else 1))
 
 
@@ -71,7 +71,7 @@ def test_no_cast_rounds_the_statistics(cast: str) -> None:
 @pytest.mark.parametrize("mode", ["limits", "gaussian"])
 def test_saved_statistics_are_read_bit_for_bit(tmp_path: Path, dtype: torch.dtype | None, mode: str) -> None:
     fitted(mode).save_pretrained(tmp_path)
-    loaded = Normalizer.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = Normalizer.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.config.mode == mode
     for name, value in statistics(loaded).items():
         assert value.dtype == torch.float32

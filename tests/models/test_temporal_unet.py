@@ -64,7 +64,7 @@ def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
 def test_conditions_and_odd_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="`condition` must be None: TemporalUnet is conditioned by in-painting"):
         tiny()(torch.zeros(1, 4, 3), 0, torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="`dim` must be divisible by 8, .* got 12"):
+    with pytest.raises(ValueError, match=r"`dim` must be divisible by 8, .* got 12"):
         TemporalUnet(3, dim=12)
     with pytest.raises(ValueError, match="`kernel_size` must be odd, got 4"):
         TemporalUnet(3, kernel_size=4)

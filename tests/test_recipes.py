@@ -1,0 +1,142 @@
+"""A whole run at a small scale: what it leaves behind, and that it can be interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+
+from dmc_hub.cli import main
+from dmc_hub.hub import load_pipeline
+from dmc_hub.tasks import get_task
+
+SMALL = ["--training-scale", "0.01", "--num-passes", "1", "--num-evaluation-episodes", "8"]
+SMALL += ["--num-validation-episodes", "8"]
+
+
+def align(controller: str, folder: Path, *extra: str) -> int:
+    arguments = ["--task", "nav1d-full", "--controller", controller, "--output-dir", str(folder)]
+    return main(["align", *arguments, *SMALL, *extra])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert align("policy", folder) == 0
+    return folder
+
+
+def test_a_run_leaves_a_report_plots_a_card_and_the_parts(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    wanted = "task controller return_before return_after std_before std_after return_optimal coherency_before"
+    for key in f"{wanted} coherency_after seeds wall_seconds stages best_of_n_control".split():
+        assert key in report, key
+    assert [row["name"] for row in report["stages"]] == ["foundation", "reward_gradient", "dpo", "sft"]
+    assert report["return_optimal"] == pytest.approx(7.3788, abs=1e-3)
+    assert set(report["seeds"]).isdisjoint(report["validation_seeds"])
+    assert report["return_after"] == pytest.approx(np.mean(report["evaluations"][1]["returns_after"]))
+    for name in ("learning_curve.png", "trajectories.png", "returns.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert name in (run / "report.md").read_text()
+    card = (run / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"{report['return_after']:.2f}" in card
+
+
+def test_ten_lines_of_python_act_as_the_process_that_trained(run: Path) -> None:
+    pipeline = load_pipeline(run / "pipeline")
+    pipeline.load_lora_weights(run / "adapter")
+    observation, _ = gymnasium.make("dmc_hub/Nav1D-v0").reset(seed=0)
+    action = pipeline(observation, num_candidates=16, generator=0).action
+    code = """
+import sys, gymnasium as gym, dmc_hub
+from dmc_hub import DiffusionPolicyPipeline
+policy = DiffusionPolicyPipeline.from_pretrained(sys.argv[1] + "/pipeline")
+policy.load_lora_weights(sys.argv[1] + "/adapter")
+env = gym.make("dmc_hub/Nav1D-v0")
+observation, _ = env.reset(seed=0)
+print(policy(observation, num_candidates=16, generator=0).action.tobytes().hex())
+"""
+    printed = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True).stdout
+    assert printed.split()[-1] == action.tobytes().hex()
+
+
+def test_repeating_a_finished_run_finds_its_parts_and_the_same_figures(run: Path) -> None:
+    before = json.loads((run / "report.json").read_text())
+    stamps = {path: path.stat().st_mtime_ns for path in (run / "pipeline").rglob("*.safetensors")}
+    assert align("policy", run) == 0
+    after: dict[str, Any] = json.loads((run / "report.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert after["return_after"] == before["return_after"]
+    assert after["evaluations"] == before["evaluations"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert align("policy", run, "--seed", "1") == 2
+    assert "holds a run with other settings (seed was 0, is now 1)" in capsys.readouterr().err
+
+
+def test_a_damaged_foundation_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weights = next((copy / "pipeline" / "denoiser").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert align("policy", copy) == 2
+    assert weights.name in capsys.readouterr().err
+
+
+def test_evaluate_and_one_stage_from_the_command_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = str(run / "pipeline")
+    stage = ["--task", "nav1d-full", "--pipeline", pipeline, "--output-dir", str(tmp_path / "ddpo"), "--max-steps", "2"]
+    assert main(["train-ddpo", *stage, "--per-device-train-batch-size", "16", "--disable-tqdm", "true"]) == 0
+    arguments = ["--task", "nav1d-full", "--pipeline", pipeline, "--adapter", str(tmp_path / "ddpo" / "adapter")]
+    capsys.readouterr()
+    assert main(["evaluate", *arguments, "--num-episodes", "4", "--output", str(tmp_path / "result.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["statistics"]["num_episodes"] == 4
+    assert json.loads((tmp_path / "result.json").read_text())["statistics"] == printed["statistics"]
+
+
+def test_an_unknown_task_is_answered_with_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["align", "--task", "nav2d", "--output-dir", str(tmp_path)]) == 2
+    assert "`task` 'nav2d' is unknown; known tasks: nav1d-full, nav1d-partial, nav1d-expert" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown"):
+        get_task("nav2d")
+
+
+def test_a_script_runs_on_two_processes_that_agree(run: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "train_ddpo.py"
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    arguments = ["--task", "nav1d-full", "--pipeline", str(run / "pipeline"), "--output-dir", str(tmp_path)]
+    arguments += ["--max-steps", "3", "--per-device-train-batch-size", "16", "--disable-tqdm", "true"]
+    result = subprocess.run(
+        [sys.executable, "-m", *launch, str(script), *arguments],
+        env={**_environment(), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
+    assert manifest["metadata"]["world_size"] == 2
+    assert manifest["metadata"]["step"] == 3
+    assert result.stderr.count("saved ") == 1
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    root = str(Path(__file__).parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
