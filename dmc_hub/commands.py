@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,12 +106,23 @@ class EvaluateArguments:
 def align(arguments: AlignArguments) -> None:
     """Data, foundation, critic, alignment, evaluation, report."""
     settings = arguments.settings()
-    command = f"dmc-hub align --task {settings.task} --controller {settings.controller} --seed {settings.seed}"
-    report = align_task(settings, Path(arguments.output_dir), command=f"{command} --output-dir {arguments.output_dir}")
+    report = align_task(settings, Path(arguments.output_dir), command=_command(arguments))
     print(
         f"{report['task']} {report['controller']}: return {report['return_before']:.2f} ± {report['std_before']:.2f} → "
         f"{report['return_after']:.2f} ± {report['std_after']:.2f}; see {Path(arguments.output_dir) / 'report.md'}"
     )
+
+
+def _command(arguments: AlignArguments) -> str:
+    """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
+    options = {**vars(arguments), "output_dir": f"runs/{arguments.task}-{arguments.controller}"}
+    defaults = {option.name: option.default for option in fields(AlignArguments)}
+    words = ["dmc-hub align"]
+    for name, value in options.items():
+        if value not in (None, defaults[name]):
+            text = " ".join(value) if isinstance(value, list) else str(value)
+            words.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join(words)
 
 
 def train_denoising(arguments: FoundationArguments, config: DenoisingConfig) -> None:

@@ -1,4 +1,4 @@
-"""What both control pipelines share when `dmc_hub` is installed: one LoRA adapter, tied to the base it was trained on."""
+"""What both control pipelines share when `dmc_hub` is installed: LoRA adapters, tied to their base."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ class ControlPipeline(DiffusionPipeline):
 
         Raises:
             FileNotFoundError: the folder holds no adapter.
-            ValueError: the adapter was trained on another base, or its weights are damaged or do not fit. The pipeline is
-                unchanged then.
+            ValueError: the adapter was trained on another base, or its weights are damaged or do not fit. The pipeline
+                is unchanged then.
         """
         folder = Path(folder)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -176,7 +176,7 @@ class ControlPipeline(DiffusionPipeline):
         self.denoiser.set_adapter(adapter_name)
 
     def unload_lora(self, adapter_name: str | None = None) -> None:
-        """Remove one adapter, or all of them: without any, the denoiser is the foundation again, all of it trainable."""
+        """Remove one adapter, or all: without any, the denoiser is the foundation again, all of it trainable."""
         if adapter_name is not None and adapter_name not in self.lora_names:
             raise ValueError(f"`adapter_name` {adapter_name!r} is not on this pipeline; it has {self.lora_names}.")
         if self.lora_names:
@@ -222,7 +222,7 @@ def _check_same_settings(config: LoraConfig, metadata: dict[str, str], folder: P
     changed = [key for key in _SCALING_SETTINGS if saved.get(f"denoiser.{key}") != given[f"denoiser.{key}"]]
     if changed:
         raise ValueError(
-            f"`{folder / ADAPTER_CONFIG}` and {ADAPTER_WEIGHTS} disagree on {', '.join(changed)}: one of them was changed "
+            f"`{folder / ADAPTER_CONFIG}` and {ADAPTER_WEIGHTS} disagree on {', '.join(changed)}: one was changed "
             "after the adapter was saved."
         )
 
@@ -263,7 +263,7 @@ def _read_adapter_config(path: Path) -> LoraConfig:
 def _read_adapter_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name) for name in file.keys()}
+            state = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return state, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"`{path}` is damaged: {error}.") from error

@@ -1,4 +1,4 @@
-"""The losses of every trainer as pure functions of tensors. Batch size is `B`; everything is summed or averaged as stated."""
+"""The losses of every trainer as pure functions of tensors; `B` is the batch size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def masked_mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
     square = error**2
     if mask is None:
         return square.flatten(1).mean(1)
-    counted = mask.to(square).expand_as(square)
-    return (square * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+    counted = mask.expand_as(square)
+    return torch.where(counted, square, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ def ppo_clip_loss(
     Returns:
         The loss per sample and the ratio, both `(B,)`.
     """
-    ratio = torch.exp(log_prob - old_log_prob)
+    ratio = torch.exp((log_prob - old_log_prob).clamp(max=80))  # exp(89) is infinite, and 0 * infinity NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 

@@ -86,10 +86,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
         machine=f"{os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}",
         wall_seconds=time.perf_counter() - start,
     )
-    main = report["main_evaluation"]
-    write_report(
-        output_dir, report, paths_before=before[main].rollouts.paths(), paths_after=after[main].rollouts.paths()
-    )
+    write_report(output_dir, report, paths_before=before[0].rollouts.paths(), paths_after=after[0].rollouts.paths())
     return report
 
 
@@ -269,8 +266,8 @@ def _claim(output_dir: Path, settings: RunSettings) -> None:
     changed = [f"{k} was {theirs.get(k)!r}, is now {v!r}" for k, v in ours.items() if theirs.get(k) != v]
     if changed:
         raise ValueError(
-            f"`output_dir` {output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder, or "
-            "repeat its settings to continue it."
+            f"`output_dir` {output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder, "
+            "or repeat its settings to continue it."
         )
 
 

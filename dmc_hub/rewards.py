@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 RewardFunction = Callable[[Tensor, Tensor], Any]
-"""`(observations, actions) -> rewards` in the environment's units: `(B, T, observation_dim)` and `(B, T, action_dim)` to
-`B` finite numbers, as a tensor, array or list. A planner's observations are the planned ones (`T` is the horizon), a
-policy's the single one it acted on (`(B, 1, observation_dim)`). Gradients must flow only for `RewardGradientTrainer`."""
+"""`(observations, actions) -> rewards` in the environment's units: `(B, T, observation_dim)` and `(B, T, action_dim)`
+to `B` finite numbers, as a tensor, array or list. A planner's observations are the planned ones (`T` is the horizon),
+a policy's the single one it acted on (`(B, 1, observation_dim)`). Only `RewardGradientTrainer` needs gradients."""
 
 
 def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = True) -> RewardFunction:
@@ -53,7 +53,12 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
         raise FloatingPointError("The controller generates NaN or infinite actions: its weights have collapsed.")
     returned = reward_function(observations, actions)
     if not isinstance(returned, Tensor):
-        returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
+        try:
+            returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`reward_function` must return numbers, got {type(returned).__name__}: {error}"
+            ) from error
     rewards = returned.to(actions.device, torch.float32)
     if rewards.shape != (len(actions),):
         raise ValueError(

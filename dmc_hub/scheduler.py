@@ -2,14 +2,15 @@
 
 One convention rules here: `x_t = alpha_t x_0 + sigma_t eps` with time `t` in `[0, 1]`, 0 clean and 1 noise. A network's
 output of any prediction type is converted once, at the border, to `(x0_hat, eps_hat)`; a kernel turns those into the
-Gaussian `p(x_s | x_t)`. Sampling and training call the same `transition`, so that a log-probability computed again on the
-same batch equals the recorded one exactly.
+Gaussian `p(x_s | x_t)`. Sampling and training call the same `transition`, so that a log-probability computed again on
+the same batch equals the recorded one exactly.
 
 This file travels to the Hub with every pipeline: it imports torch and diffusers only.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "velocity", "score"]
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", "score")
+KERNELS = ("ancestral", "euler_maruyama", "dpm_solver_2m")
 
 
 class NoiseSchedule(ABC):
@@ -85,7 +87,7 @@ class LinearSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class VarianceExplodingSchedule(NoiseSchedule):
-    """`alpha = 1`, sigma from 0.002 to 80 along EDM's rho-curve, 0 at `t = 0` (Karras et al., 2022, arXiv:2206.00364)."""
+    """`alpha = 1`, sigma from 0.002 to 80 along EDM's rho-curve, 0 at `t = 0` (Karras et al., arXiv:2206.00364)."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -206,7 +208,7 @@ class GaussianTransition:
 
 def _sum_entries(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
-        values = values * mask.to(values)
+        values = torch.where(mask, values, torch.zeros_like(values))
     return values.flatten(1).sum(1)
 
 
@@ -283,8 +285,10 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         schedule: `"cosine"`, `"linear"`, `"variance_exploding"` or `"flow"`.
         schedule_options: fields of the schedule's class, such as `{"min_alpha_bar": 1e-3}`.
         prediction_type: `"epsilon"`, `"sample"`, `"v_prediction"`, `"velocity"` or `"score"`.
-        kernel: `"ancestral"` or `"euler_maruyama"`.
-        eta: share of the kernel's full noise, in `[0, 1]` for the ancestral one. 1 is DDPM, 0 deterministic.
+        kernel: `"ancestral"`, `"euler_maruyama"`, or `"dpm_solver_2m"`, the second-order multistep solver of the
+            probability-flow ODE (Algorithm 2 of DPM-Solver++, arXiv:2211.01095), for plain sampling in few steps.
+        eta: share of the kernel's full noise, in `[0, 1]` for the ancestral one. 1 is DDPM, 0 deterministic; it must be
+            0 for the ODE solver.
         clip_range: clamp `x0_hat` to `[-clip_range, clip_range]`. Clamped entries carry no policy gradient.
     """
 
@@ -304,11 +308,13 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         _check_choice("schedule", schedule, tuple(SCHEDULES))
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("kernel", kernel, ("ancestral", "euler_maruyama"))
+        _check_choice("kernel", kernel, KERNELS)
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be at least 1, got {num_train_timesteps}.")
         if not (eta >= 0 and (eta <= 1 or kernel != "ancestral")):
             raise ValueError(f"`eta` must lie in [0, 1] for the ancestral kernel and be at least 0, got {eta}.")
+        if kernel == "dpm_solver_2m" and eta != 0:
+            raise ValueError(f"`eta` must be 0 for the kernel 'dpm_solver_2m', which is deterministic; got {eta}.")
         if clip_range is not None and not clip_range > 0:
             raise ValueError(f"`clip_range` must be positive or None, got {clip_range}.")
         if schedule == "flow" and prediction_type in ("epsilon", "score"):
@@ -319,6 +325,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         self.noise_schedule = _noise_schedule(schedule, schedule_options or {})
         self.num_inference_steps: int | None = None
         self._trajectory: DenoisingTrajectory | None = None
+        self._previous: tuple[Tensor, Tensor] | None = None  # x0_hat and log-SNR of the step before: multistep solver
         self.set_timesteps(num_train_timesteps)
 
     # Time
@@ -341,7 +348,8 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = num_inference_steps
         origin = self.noise_schedule.timestep_origin
         grid = [round(levels * (1 - step / num_inference_steps)) - origin for step in range(num_inference_steps + 1)]
-        self._next_timestep = dict(zip(grid[:-1], grid[1:], strict=True))
+        self._previous = None
+        self._next_timestep = dict(itertools.pairwise(grid))
         self.timesteps = torch.tensor(grid[:-1], dtype=torch.int64, device=device)
 
     def next_timestep(self, timestep: float | Tensor) -> int:
@@ -382,11 +390,13 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         at = self.coefficients(timesteps, x0).to(x0)
         return prediction_target(x0, noise, at, self.config.prediction_type)
 
-    def initial_noise(
-        self, shape: tuple[int, ...], generator: torch.Generator | None, device: str | torch.device
-    ) -> Tensor:
-        """`x_1` to start sampling from, drawn on the generator's device and moved to `device`."""
-        return randn(shape, generator, device) * self.init_noise_sigma
+    def renoise(self, x_s: Tensor, timestep: float, generator: torch.Generator | None = None) -> Tensor:
+        """Noise `x_s`, the result of the inference step at `timestep`, back to that level: one step of the forward
+        process, `x_t = (alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) eps`."""
+        at_t, at_s = self.coefficients(timestep, x_s), self.coefficients(self.next_timestep(timestep), x_s)
+        keep = at_t.alpha / at_s.alpha
+        std = torch.sqrt((at_t.sigma**2 - keep**2 * at_s.sigma**2).clamp(min=0))
+        return keep.to(x_s) * x_s + std.to(x_s) * randn(x_s.shape, generator, x_s.device)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The sample as the network wants to see it: of about unit variance for every schedule."""
@@ -424,6 +434,11 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
             next_timestep: of `x_s`; by default the following inference step (then `timestep` must be a number).
             eta: overrides the configured one.
         """
+        if self.config.kernel == "dpm_solver_2m":
+            raise ValueError(
+                "The kernel 'dpm_solver_2m' has no transition density: its steps depend on the ones before. Use "
+                "'ancestral' or 'euler_maruyama' to train, and this one to sample."
+            )
         if next_timestep is None:
             next_timestep = self.next_timestep(timestep)
         eta = self.config.eta if eta is None else eta
@@ -445,6 +460,9 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Draw `x_s`; noise comes from `generator`. Signature and outputs as in diffusers' schedulers."""
+        if self.config.kernel == "dpm_solver_2m":
+            x_s = self._solver_step(model_output, sample, timestep)
+            return SchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
         transition = self.transition(model_output, sample, timestep, eta=eta)
         x_s = transition.mean
         if bool((transition.std > 0).any()):
@@ -452,6 +470,28 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         if self._trajectory is not None:
             self._append(self._trajectory, transition, sample, x_s, timestep)
         return SchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
+
+    def _solver_step(self, model_output: Tensor, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """One step of DPM-Solver++(2M): `x_s = (sigma_s / sigma_t) x_t - alpha_s (exp(-h) - 1) D` with the step `h` in
+        log-SNR `lambda = log(alpha / sigma)` and `D` the clean prediction extrapolated from the last two. The first
+        step and the one to the clean end are of first order."""
+        if self._trajectory is not None:
+            raise ValueError("The kernel 'dpm_solver_2m' cannot be recorded: it has no log-probabilities.")
+        x0, _ = self.predict(model_output, sample, timestep)
+        at_t = self.coefficients(timestep, sample)
+        at_s = self.coefficients(self.next_timestep(timestep), sample)
+        log_snr = torch.log(at_t.alpha / at_t.sigma)
+        estimate = x0
+        if self._previous is not None and int(timestep) != int(self.timesteps[0]) and float(at_s.sigma.min()) > 0:
+            earlier, earlier_log_snr = self._previous
+            step = torch.log(at_s.alpha / at_s.sigma) - log_snr
+            share = (step / (2 * (log_snr - earlier_log_snr))).to(x0)
+            if bool(torch.isfinite(share).all()):  # at t = 1 of the flow schedule the log-SNR is -infinity
+                estimate = (1 + share) * x0 - share * earlier
+        self._previous = (x0, log_snr)
+        shrink = at_s.sigma / at_t.sigma
+        pull = at_s.alpha - shrink * at_t.alpha
+        return shrink.to(x0) * sample + pull.to(x0) * estimate
 
     @contextmanager
     def record(self, mask: Tensor | None = None) -> Iterator[DenoisingTrajectory]:
@@ -494,7 +534,7 @@ def _noise_schedule(name: str, options: dict[str, float]) -> NoiseSchedule:
     known = {option.name for option in fields(cast(Any, SCHEDULES[name]))} - {"timestep_origin"}
     if not options.keys() <= known:
         raise ValueError(
-            f"`schedule_options` of {name!r} are {', '.join(sorted(known)) or 'none'}; got {', '.join(sorted(options))}."
+            f"`schedule_options` of {name!r} are {', '.join(sorted(known)) or 'none'}; got {sorted(options)}."
         )
     return SCHEDULES[name](**options)
 

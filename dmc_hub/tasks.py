@@ -24,8 +24,8 @@ class Task:
         make_dataset: `seed -> datasets.Dataset` with the columns of `Episodes`.
         optimal_return: highest expected return, where it is known.
         dynamics: `(observations, actions) -> planned next states`, for the coherency of planners (Eq. 15).
-        behavior_log_prob: `(observations, actions) -> log-density` of the policy that made the data, for the coherency of
-            policies (Eq. 16).
+        behavior_log_prob: `(observations, actions) -> log-density` of the policy that made the data, for the coherency
+            of policies (Eq. 16).
     """
 
     name: str

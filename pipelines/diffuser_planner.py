@@ -5,11 +5,13 @@ This file travels to the Hub: apart from its guarded base class it imports torch
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 try:
@@ -30,31 +32,37 @@ class PlannerOutput:
         values: critic's value of each candidate, shape `(B, num_candidates)`; None without a critic.
         trajectories: all plans, observations before actions, shape
             `(B, num_candidates, horizon, observation_dim + action_dim)`.
+        plan: the selected plan (the mean of all with `"expectation"`), shape
+            `(B, horizon, observation_dim + action_dim)`; its shifted copy can warm-start the next decision.
     """
 
     action: np.ndarray
     candidates: np.ndarray
     values: np.ndarray | None
     trajectories: np.ndarray
+    plan: np.ndarray
 
 
 class DiffuserPlannerPipeline(ControlPipeline):
-    """Plan by sampling state-action trajectories (Janner et al., 2022, arXiv:2205.09991; section 4 of arXiv:2502.12198).
+    """Plan by sampling state-action trajectories (Janner et al., 2022, arXiv:2205.09991; arXiv:2502.12198, 4.3).
 
-    A plan is a sequence of `horizon` pairs of observation and action. The current observation is in-painted as its first
-    state; there is no return conditioning, candidates are ranked by the critic instead.
+    A plan is a sequence of `horizon` pairs of observation and action. The current observation is in-painted as its
+    first state; there is no return conditioning, candidates are ranked by the critic instead. With `inverse_dynamics`
+    the denoiser plans observations alone and actions follow from pairs of them (Decision Diffuser, arXiv:2211.15657).
 
     Args:
-        denoiser: maps noisy plans `(batch, horizon, observation_dim + action_dim)` and a timestep to the scheduler's
-            prediction.
-        scheduler: gives each denoising step as a Gaussian.
+        denoiser: maps noisy plans `(batch, horizon, observation_dim + action_dim)`, or `(batch, horizon,
+            observation_dim)` with `inverse_dynamics`, and a timestep to the scheduler's prediction.
+        scheduler: gives each denoising step as a Gaussian. A stock diffusers scheduler of the same noise levels can
+            stand in for plain sampling.
         normalizer: statistics of the data.
         critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
+        inverse_dynamics: `(observations, next_observations) -> actions`, normalised.
         horizon: steps of a plan.
         num_inference_steps: default number of denoising steps.
     """
 
-    _optional_components = ["critic"]
+    _optional_components = ["critic", "inverse_dynamics"]
     model_cpu_offload_seq = "denoiser"
 
     def __init__(
@@ -63,11 +71,18 @@ class DiffuserPlannerPipeline(ControlPipeline):
         scheduler: SchedulerMixin,
         normalizer: ModelMixin,
         critic: ModelMixin | None = None,
+        inverse_dynamics: ModelMixin | None = None,
         horizon: int = 32,
         num_inference_steps: int = 20,
     ) -> None:
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic)
+        self.register_modules(
+            denoiser=denoiser,
+            scheduler=scheduler,
+            normalizer=normalizer,
+            critic=critic,
+            inverse_dynamics=inverse_dynamics,
+        )
         self.register_to_config(horizon=horizon, num_inference_steps=num_inference_steps)
 
     @property
@@ -78,6 +93,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
     def action_dim(self) -> int:
         return self.normalizer.config.action_dim
 
+    @property
+    def latent_dim(self) -> int:
+        """Width of one denoised step: the observation's, and the action's unless inverse dynamics give it."""
+        return self.observation_dim + (self.action_dim if self.inverse_dynamics is None else 0)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -87,6 +107,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
         num_inference_steps: int | None = None,
         action_selection: str = "greedy",
         temperature: float = 1.0,
+        num_value_steps: int = 1,
+        inpainting: tuple[np.ndarray, np.ndarray] | None = None,
+        num_resampling_steps: int = 1,
+        previous_plan: np.ndarray | None = None,
+        num_warm_start_steps: int | None = None,
         generator: int | np.integer | torch.Generator | None = None,
     ) -> PlannerOutput:
         """Choose actions; all observations × candidates are denoised in one batch.
@@ -99,32 +124,51 @@ class DiffuserPlannerPipeline(ControlPipeline):
                 candidates, `"softmax"` draws one with probability proportional to `exp(value / temperature)` (IDQL,
                 arXiv:2304.10573).
             temperature: of `"softmax"`, in units of the return.
+            num_value_steps: candidates are valued by the mean of Q over so many first pairs of the plan; 1 values the
+                action about to be executed.
+            inpainting: further entries to fix, goals or parts of a trajectory: values in the environment's units and a
+                bool mask, both of shape `(horizon, observation_dim + action_dim)` or with `B` in front.
+            num_resampling_steps: denoise each step so many times, noising it again in between (RePaint,
+                arXiv:2201.09865, Algorithm 1): in-painted entries and the rest agree better.
+            previous_plan: `plan` of the decision before, one step ago: denoising starts from its shifted copy.
+            num_warm_start_steps: so many of the last denoising steps are run from there; by default a fifth of all.
             generator: a seed or a torch generator; None draws from torch's global one.
 
         Raises:
-            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no critic
-                to choose with.
+            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no
+                critic to choose with.
         """
         observations = self.normalizer.observation_batch(observation).to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
-        condition = self.repeat(self.observation_condition(observations), num_candidates)
-        latents = self.sample(condition, num_inference_steps=num_inference_steps, generator=generator)
+        condition = self.observation_condition(observations)
+        if inpainting is not None:
+            condition = self.inpainting_condition(condition, *inpainting)
+        condition = self.repeat(condition, num_candidates)
+        start = None if previous_plan is None else self._shifted(previous_plan, len(observations), num_candidates)
+        latents = self.sample(
+            condition,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            num_resampling_steps=num_resampling_steps,
+            start=start,
+            num_start_steps=num_warm_start_steps,
+        )
         plans = torch.cat(self.decode(latents, condition), dim=-1).unflatten(0, (-1, num_candidates))
-        actions = plans[:, :, 0, self.observation_dim :]
-        values = self.values(observations, actions) if self.critic is not None else None
-        chosen = _select(actions, values, action_selection, temperature, generator)
+        values = self._plan_values(plans, num_value_steps) if self.critic is not None else None
+        plan = _select(plans, values, action_selection, temperature, generator)
         single = np.ndim(observation) == 1
 
         def rows(tensor: Tensor) -> np.ndarray:
             return tensor[0].cpu().numpy() if single else tensor.cpu().numpy()
 
         return PlannerOutput(
-            action=rows(chosen),
-            candidates=rows(actions),
+            action=rows(plan[:, 0, self.observation_dim :]),
+            candidates=rows(plans[:, :, 0, self.observation_dim :]),
             values=None if values is None else rows(values),
             trajectories=rows(plans),
+            plan=rows(plan),
         )
 
     # What trainers use: conditions, sampling, and the way between data and latents
@@ -132,7 +176,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
     def observation_condition(self, observations: Tensor) -> dict[str, Tensor]:
         """The condition of plans that start at `observations` `(B, observation_dim)`, in the environment's units."""
         first = self.normalizer.normalize_observations(observations.float())
-        plan = first.new_zeros(len(first), self.config.horizon, self.observation_dim + self.action_dim)
+        plan = first.new_zeros(self.latent_shape(len(first)))
         plan[:, 0, : self.observation_dim] = first
         return self.context_condition(plan, torch.zeros(len(first), dtype=torch.int64))
 
@@ -140,13 +184,35 @@ class DiffuserPlannerPipeline(ControlPipeline):
         """Fix the first steps of each plan and the observation after them (the causal masks of section 3.6).
 
         Args:
-            latents: normalised plans `(B, horizon, observation_dim + action_dim)`; only fixed entries are read.
+            latents: normalised plans `(B, horizon, latent_dim)`; only fixed entries are read.
             num_context_steps: `(B,)`, in `0..horizon - 1`; 0 fixes the first observation alone.
         """
         steps = torch.arange(self.config.horizon, device=latents.device)[None, :, None]
         context = num_context_steps.to(latents.device)[:, None, None]
         is_observation = torch.arange(latents.shape[-1], device=latents.device) < self.observation_dim
         return {"values": latents, "mask": (steps < context) | ((steps == context) & is_observation)}
+
+    def inpainting_condition(
+        self, condition: dict[str, Tensor], values: np.ndarray | Tensor, mask: np.ndarray | Tensor
+    ) -> dict[str, Tensor]:
+        """Fix further entries of plans; see `inpainting` of the call. Entries that are already fixed stay so."""
+        shape = (self.config.horizon, self.observation_dim + self.action_dim)
+        given, fixed = torch.as_tensor(values), torch.as_tensor(mask)
+        if fixed.dtype != torch.bool or any(x.shape[-2:] != shape or x.ndim > 3 for x in (given, fixed)):
+            raise ValueError(
+                f"`inpainting` must be values and a bool mask of shape {shape}, batched or not; got "
+                f"{tuple(given.shape)} and {tuple(fixed.shape)} of {fixed.dtype}."
+            )
+        if self.inverse_dynamics is not None and bool(fixed[..., self.observation_dim :].any()):
+            raise ValueError("`inpainting` cannot fix actions: this planner's actions follow from its observations.")
+        given = torch.where(fixed, given.float(), torch.zeros(())).to(condition["values"].device)
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError("`inpainting` has NaN or infinite values where its mask is True.")
+        observations, actions = given.split((self.observation_dim, self.action_dim), dim=-1)
+        normalized = [self.normalizer.normalize_observations(observations), self.normalizer.normalize_actions(actions)]
+        plan = torch.cat(normalized, dim=-1)[..., : self.latent_dim].expand_as(condition["values"])
+        added = fixed[..., : self.latent_dim].to(plan.device).expand_as(condition["mask"]) & ~condition["mask"]
+        return {"values": torch.where(added, plan, condition["values"]), "mask": condition["mask"] | added}
 
     def repeat(self, condition: dict[str, Tensor], num_candidates: int) -> dict[str, Tensor]:
         """Each condition `num_candidates` times in a row."""
@@ -163,7 +229,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
     def predict(
         self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The network's output for (in-painted) `sample`; `denoiser` stands in for the component, wrapped for DDP say."""
+        """The network's output for (in-painted) `sample`; `denoiser` stands in for the component."""
         network = self.denoiser if denoiser is None else denoiser
         scaled = self.inpaint(self.scheduler.scale_model_input(sample, timestep), condition)
         return network(scaled.to(self.denoiser.dtype), timestep, return_dict=False)[0].float()
@@ -176,8 +242,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
         generator: torch.Generator | None = None,
         denoiser: nn.Module | None = None,
         num_grad_steps: int = 0,
+        num_resampling_steps: int = 1,
+        start: Tensor | None = None,
+        num_start_steps: int | None = None,
     ) -> Tensor:
-        """Denoise from noise to normalised plans `(B, horizon, observation_dim + action_dim)`.
+        """Denoise from noise to normalised plans `(B, horizon, latent_dim)`.
 
         With a normaliser of `"limits"`, actions end clamped to the range of the data.
 
@@ -187,31 +256,46 @@ class DiffuserPlannerPipeline(ControlPipeline):
             generator: source of all noise.
             denoiser: stands in for the component.
             num_grad_steps: gradients flow through the last so many steps only (`sg(., K)` of Eq. 9).
+            num_resampling_steps: denoise each step so many times (RePaint).
+            start: clean plans to start from, noised to the level of the first step run, instead of noise.
+            num_start_steps: denoising steps run from `start`; by default a fifth, at least 1.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps)
-        latents = self.inpaint(
-            self.scheduler.initial_noise(condition["values"].shape, generator, self.denoiser.device), condition
-        )
         timesteps = self.scheduler.timesteps.tolist()
+        latents = randn_tensor(condition["values"].shape, generator=generator, device=self.denoiser.device)
+        if start is None:
+            latents = latents * _initial_std(self.scheduler)
+        else:
+            count = max(1, steps // 5) if num_start_steps is None else num_start_steps
+            if not 1 <= count <= len(timesteps):
+                raise ValueError(f"`num_warm_start_steps` must lie in 1..{len(timesteps)}, got {count}.")
+            timesteps = timesteps[-count:]
+            latents = self.scheduler.add_noise(start, latents, torch.tensor(timesteps[:1]))
+        latents = self.inpaint(latents, condition)
+        extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         grad = torch.is_grad_enabled()
         for step, timestep in enumerate(timesteps):
             with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
-                output = self.predict(latents, timestep, condition, denoiser)
-                latents = self.scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[0]
-                latents = self.inpaint(latents, condition)
+                for repetition in range(num_resampling_steps):
+                    if repetition:
+                        latents = self.scheduler.renoise(latents, timestep, generator)
+                        latents = self.inpaint(latents, condition)
+                    output = self.predict(latents, timestep, condition, denoiser)
+                    latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+                    latents = self.inpaint(latents, condition)
         return self._to_data_range(latents)
 
     def _to_data_range(self, latents: Tensor) -> Tensor:
         """Clamp actions, not observations: an action outside the data's range is never executed."""
-        if self.normalizer.config.mode != "limits":
+        if self.normalizer.config.mode != "limits" or self.inverse_dynamics is not None:
             return latents
         observations, actions = latents.split((self.observation_dim, self.action_dim), dim=-1)
         return torch.cat([observations, actions.clamp(-1, 1)], dim=-1)
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int]:
-        """`(batch_size, horizon, observation_dim + action_dim)`."""
-        return batch_size, self.config.horizon, self.observation_dim + self.action_dim
+        """`(batch_size, horizon, latent_dim)`."""
+        return batch_size, self.config.horizon, self.latent_dim
 
     def encode(
         self, batch: dict[str, Tensor], num_context_steps: Tensor | None = None
@@ -222,21 +306,53 @@ class DiffuserPlannerPipeline(ControlPipeline):
             batch: `observations` and `actions` of shape `(B, horizon, dim)`.
             num_context_steps: see `context_condition`; by default only the first observation is fixed.
         """
-        observations = self.normalizer.normalize_observations(batch["observations"])
-        latents = torch.cat([observations, self.normalizer.normalize_actions(batch["actions"])], dim=-1)
+        latents = self.normalizer.normalize_observations(batch["observations"])
+        if self.inverse_dynamics is None:
+            latents = torch.cat([latents, self.normalizer.normalize_actions(batch["actions"])], dim=-1)
         if num_context_steps is None:
             num_context_steps = torch.zeros(len(latents), dtype=torch.int64)
         return latents, self.context_condition(latents, num_context_steps)
 
     def decode(self, latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Observations and actions of plans in the environment's units."""
-        observations, actions = latents.split((self.observation_dim, self.action_dim), dim=-1)
+        if self.inverse_dynamics is None:
+            observations, actions = latents.split((self.observation_dim, self.action_dim), dim=-1)
+        else:
+            observations, following = latents, torch.cat([latents[:, 1:], latents[:, -1:]], dim=1)
+            actions = self.inverse_dynamics(observations, following)
+            actions = actions.clamp(-1, 1) if self.normalizer.config.mode == "limits" else actions
         return self.normalizer.unnormalize_observations(observations), self.normalizer.unnormalize_actions(actions)
 
-    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Critic's value of actions `(B, C, action_dim)` at observations `(B, observation_dim)`, shape `(B, C)`."""
-        observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
-        return self.critic(observations, self.normalizer.normalize_actions(actions))
+    def _plan_values(self, plans: Tensor, num_value_steps: int) -> Tensor:
+        """Mean of the critic's values over the first pairs of plans `(B, C, horizon, O + A)`, shape `(B, C)`."""
+        if not 1 <= num_value_steps <= plans.shape[2]:
+            raise ValueError(f"`num_value_steps` must lie in 1..{plans.shape[2]}, got {num_value_steps}.")
+        observations, actions = plans[:, :, :num_value_steps].split((self.observation_dim, self.action_dim), dim=-1)
+        values = self.critic(
+            self.normalizer.normalize_observations(observations), self.normalizer.normalize_actions(actions)
+        )
+        return values.mean(-1)
+
+    def _shifted(self, previous_plan: np.ndarray | Tensor, num_plans: int, num_candidates: int) -> Tensor:
+        """The previous plan one step later, its last step repeated, as normalised latents for every candidate."""
+        plan = torch.as_tensor(previous_plan, dtype=torch.float32, device=self.denoiser.device)
+        plan = plan[None] if plan.ndim == 2 else plan
+        expected = (num_plans, self.config.horizon, self.observation_dim + self.action_dim)
+        if plan.shape != expected or not bool(torch.isfinite(plan).all()):
+            raise ValueError(f"`previous_plan` must be finite and of shape {expected}, got {tuple(plan.shape)}.")
+        observations, actions = plan.split((self.observation_dim, self.action_dim), dim=-1)
+        latents, _ = self.encode({"observations": observations, "actions": actions})
+        return torch.cat([latents[:, 1:], latents[:, -1:]], dim=1).repeat_interleave(num_candidates, dim=0)
+
+
+def _initial_std(scheduler: SchedulerMixin) -> float:
+    """Standard deviation of the noise to start from; diffusers' flow schedulers do not say that it is 1."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def _takes_generator(scheduler: SchedulerMixin) -> bool:
+    """Whether `step` draws noise; some of diffusers' deterministic schedulers have no such argument."""
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def _check_selection(selection: str, num_candidates: int, temperature: float, *, has_critic: bool) -> None:
@@ -252,14 +368,15 @@ def _check_selection(selection: str, num_candidates: int, temperature: float, *,
 
 
 def _select(
-    actions: Tensor, values: Tensor | None, selection: str, temperature: float, generator: torch.Generator | None
+    candidates: Tensor, values: Tensor | None, selection: str, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
+    """One of the candidates `(B, C, ...)` for each observation, or their mean; shape `(B, ...)`."""
     if selection == "expectation" or values is None:
-        return actions.mean(1)
+        return candidates.mean(1)
     if selection == "greedy":
         index = values.argmax(1)
     else:
         source = generator.device if generator is not None else values.device
         shares = torch.softmax(values / temperature, dim=1).to(source)
         index = torch.multinomial(shares, 1, generator=generator)[:, 0].to(values.device)
-    return actions[torch.arange(len(actions), device=actions.device), index]
+    return candidates[torch.arange(len(candidates), device=candidates.device), index]

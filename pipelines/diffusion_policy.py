@@ -5,11 +5,13 @@ This file travels to the Hub: apart from its guarded base class it imports torch
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 try:
@@ -36,7 +38,7 @@ class PolicyOutput:
 
 
 class DiffusionPolicyPipeline(ControlPipeline):
-    """Act by sampling action sequences given the observation (Chi et al., 2023, arXiv:2303.04137; arXiv:2502.12198, 4.4).
+    """Act by sampling action sequences given the observation (Chi et al., arXiv:2303.04137; arXiv:2502.12198, 4.4).
 
     Args:
         denoiser: maps noisy action sequences `(batch, horizon, action_dim)`, a timestep and the normalised observation
@@ -96,8 +98,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
             generator: a seed or a torch generator; None draws from torch's global one.
 
         Raises:
-            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no critic
-                to choose with.
+            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no
+                critic to choose with.
         """
         observations = self.normalizer.observation_batch(observation).to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
@@ -137,7 +139,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
     def predict(
         self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The network's output for `sample`; `denoiser` stands in for the component, wrapped for DDP say."""
+        """The network's output for `sample`; `denoiser` stands in for the component."""
         network, dtype = self.denoiser if denoiser is None else denoiser, self.denoiser.dtype
         scaled = self.scheduler.scale_model_input(sample, timestep).to(dtype)
         return network(scaled, timestep, condition["embedding"].to(dtype), return_dict=False)[0].float()
@@ -165,13 +167,14 @@ class DiffusionPolicyPipeline(ControlPipeline):
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps)
         shape = self.latent_shape(len(condition["embedding"]))
-        latents = self.scheduler.initial_noise(shape, generator, self.denoiser.device)
+        latents = randn_tensor(shape, generator=generator, device=self.denoiser.device) * _initial_std(self.scheduler)
+        extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         timesteps = self.scheduler.timesteps.tolist()
         grad = torch.is_grad_enabled()
         for step, timestep in enumerate(timesteps):
             with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
                 output = self.predict(latents, timestep, condition, denoiser)
-                latents = self.scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[0]
+                latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
         return latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int]:
@@ -201,6 +204,16 @@ class DiffusionPolicyPipeline(ControlPipeline):
         return self.critic(observations, self.normalizer.normalize_actions(actions))
 
 
+def _initial_std(scheduler: SchedulerMixin) -> float:
+    """Standard deviation of the noise to start from; diffusers' flow schedulers do not say that it is 1."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def _takes_generator(scheduler: SchedulerMixin) -> bool:
+    """Whether `step` draws noise; some of diffusers' deterministic schedulers have no such argument."""
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
 def _check_selection(selection: str, num_candidates: int, temperature: float, *, has_critic: bool) -> None:
     if selection not in ACTION_SELECTIONS:
         raise ValueError(f"`action_selection` must be one of {', '.join(ACTION_SELECTIONS)}; got {selection!r}.")
@@ -214,14 +227,15 @@ def _check_selection(selection: str, num_candidates: int, temperature: float, *,
 
 
 def _select(
-    actions: Tensor, values: Tensor | None, selection: str, temperature: float, generator: torch.Generator | None
+    candidates: Tensor, values: Tensor | None, selection: str, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
+    """One of the candidates `(B, C, ...)` for each observation, or their mean; shape `(B, ...)`."""
     if selection == "expectation" or values is None:
-        return actions.mean(1)
+        return candidates.mean(1)
     if selection == "greedy":
         index = values.argmax(1)
     else:
         source = generator.device if generator is not None else values.device
         shares = torch.softmax(values / temperature, dim=1).to(source)
         index = torch.multinomial(shares, 1, generator=generator)[:, 0].to(values.device)
-    return actions[torch.arange(len(actions), device=actions.device), index]
+    return candidates[torch.arange(len(candidates), device=candidates.device), index]

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/train_reward_gradient.py --help`: the command `dmc-hub train-reward-gradient` as a script."""
+"""`accelerate launch scripts/train_reward_gradient.py --help`: the command `dmc-hub train-reward-gradient`."""
 
 import sys
 

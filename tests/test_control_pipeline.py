@@ -308,7 +308,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "adapter_config.json` and adapter_model.safetensors disagree on r, ",
     ),
-    "alpha": (lambda folder: configure(folder, lora_alpha=600), "disagree on lora_alpha: one of them was changed"),
+    "alpha": (lambda folder: configure(folder, lora_alpha=600), "disagree on lora_alpha: one was changed"),
     "rank": (lambda folder: configure(folder, r=4), "disagree on r: "),
     "targets": (lambda folder: configure(folder, target_modules=["head.1"]), "disagree on target_modules: "),
     "kind": (lambda folder: configure(folder, peft_type="LOHA"), "is not a usable adapter configuration: it does not"),

@@ -400,7 +400,7 @@ def test_20_000_samples_reproduce_the_distribution(schedule: str, kernel: str, e
     steps = 500 if (schedule, kernel, eta) == ("linear", "ancestral", 1.0) else 250
     scheduler = TransitionScheduler(steps, schedule, prediction_type="v_prediction", kernel=kernel, eta=eta)
     source = generator(1)
-    x = scheduler.initial_noise((20_000, 4), source, "cpu")
+    x = torch.randn((20_000, 4), generator=source) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps.tolist():
         x = scheduler.step(exact_output(scheduler, x, timestep), timestep, x, generator=source).prev_sample
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.02)
@@ -483,7 +483,7 @@ def test_recomputed_log_probs_equal_recorded_ones_bit_for_bit(schedule: str, ker
     scheduler.set_timesteps(7)
     torch.manual_seed(0)
     network, mask = torch.nn.Linear(3, 3), torch.rand(6, 4, 3, generator=generator()) > 0.3
-    x = scheduler.initial_noise((6, 4, 3), generator(), "cpu")
+    x = torch.randn((6, 4, 3), generator=generator()) * scheduler.init_noise_sigma
     source = generator(1)
     with scheduler.record(mask) as trajectory, torch.no_grad():
         for t in scheduler.timesteps:

@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[type[SamplingTrainer], type[SamplingConfig]]] = {
 }
 
 Validation = Callable[[Any], Mapping[str, float]]
-"""`pipeline -> {"return_mean": ..., "return_std": ..., "coherency": ...}` on validation seeds; coherency may be missing."""
+"""`pipeline -> {"return_mean": ..., "return_std": ..., "coherency": ...}` on validation seeds."""
 
 
 @dataclass(kw_only=True)
@@ -86,9 +86,9 @@ class StageResult:
 class SequentialAligner:
     """Runs passes of alignment methods one after the other on one LoRA (section 3.5 of arXiv:2502.12198).
 
-    After each stage the controller is validated. A stage whose loss became NaN, whose return fell or whose coherency left
-    its bound is rolled back to the best state; at the end the best state of all stages is restored. Finished stages are
-    written to `output_dir` one by one, each in one step, and an interrupted run continues after the last of them.
+    After each stage the controller is validated. A stage whose loss became NaN, whose return fell or whose coherency
+    left its bound is rolled back to the best state; at the end the best state of all stages is restored. Finished
+    stages are written to `output_dir` one by one, each in one step; an interrupted run continues after the last.
 
     Args:
         pipeline: a foundation with a critic; after `run` it carries the adapter.

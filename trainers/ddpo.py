@@ -73,8 +73,8 @@ class DDPOConfig(SamplingConfig):
 class DDPOTrainer(SamplingTrainer):
     """Treats denoising as a multi-step decision process and follows its policy gradient (Eq. 7, 8 of arXiv:2502.12198).
 
-    One micro-batch is sampled, and trained on, in the same composition: a step's log-probability is computed twice by the
-    same code on the same tensors, so the ratio before the first update is exactly 1 (DDPO, arXiv:2305.13301).
+    One micro-batch is sampled, and trained on, in the same composition: a step's log-probability is computed twice by
+    the same code on the same tensors, so the ratio before the first update is exactly 1 (DDPO, arXiv:2305.13301).
     """
 
     args: DDPOConfig
@@ -107,8 +107,8 @@ class DDPOTrainer(SamplingTrainer):
             )
         if not trajectory.stochastic_steps:
             raise ValueError(
-                "The sampler is deterministic, so its steps have no log-probability: use a scheduler with `eta > 0` and "
-                "more than one inference step, or RewardGradientTrainer, DiffusionDPOTrainer or SFTTrainer."
+                "The sampler is deterministic, so its steps have no log-probability: use a scheduler with `eta > 0` "
+                "and more than one inference step, or RewardGradientTrainer, DiffusionDPOTrainer or SFTTrainer."
             )
         rewards = self.rewards(latents, condition)
         self.log_metric("reward", rewards)

@@ -17,7 +17,7 @@ from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
 
 @dataclass(kw_only=True)
 class IQLConfig(DiffusionConfig):
-    """Settings of `IQLTrainer`; the defaults of discount, expectile and Polyak rate are the original's for locomotion."""
+    """Settings of `IQLTrainer`; discount, expectile and Polyak rate are the original's for locomotion."""
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
@@ -40,8 +40,8 @@ class IQLConfig(DiffusionConfig):
 class IQLTrainer(DiffusionTrainer):
     """Fits the pipeline's critic offline (Kostrikov et al., 2021, arXiv:2110.06169).
 
-    V is the expectile of the target Q (Eq. 5), Q regresses on `r + discount * V(s')` (Eq. 6); both losses are summed and
-    stepped once. The target follows Q by Polyak averaging and is part of the checkpoint.
+    V is the expectile of the target Q (Eq. 5), Q regresses on `r + discount * V(s')` (Eq. 6); both losses are summed
+    and stepped once. The target follows Q by Polyak averaging and is part of the checkpoint.
 
     `train_dataset` is an `Episodes` or a `datasets.Dataset` with its columns.
     """

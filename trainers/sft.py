@@ -32,7 +32,7 @@ class SFTConfig(SamplingConfig):
     likelihood_quantile: float = field(
         default=1.0,
         metadata={
-            "help": "Samples that the foundation denoises worse than this quantile of as many windows of data are rejected."
+            "help": "Samples that the foundation denoises worse than this quantile of data windows are rejected."
         },
     )
     num_likelihood_levels: int = field(

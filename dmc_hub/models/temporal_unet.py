@@ -5,6 +5,7 @@ This file travels to the Hub with every pipeline: it imports torch and diffusers
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -96,7 +97,7 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}: an even one changes the horizon.")
         widths = [transition_dim, *(dim * mult for mult in dim_mults)]
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.time_embedding = nn.Sequential(nn.Linear(dim, dim * 4), nn.Mish(), nn.Linear(dim * 4, dim))
 
         self.down = nn.ModuleList()
