@@ -231,7 +231,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
     ) -> Tensor:
         """The network's output for (in-painted) `sample`; `denoiser` stands in for the component."""
         network = self.denoiser if denoiser is None else denoiser
-        scaled = self.inpaint(self.scheduler.scale_model_input(sample, timestep), condition)
+        scaled = self.inpaint(_scaled(self.scheduler, sample, timestep), condition)
         return network(scaled.to(self.denoiser.dtype), timestep, return_dict=False)[0].float()
 
     def sample(
@@ -343,6 +343,12 @@ class DiffuserPlannerPipeline(ControlPipeline):
         observations, actions = plan.split((self.observation_dim, self.action_dim), dim=-1)
         latents, _ = self.encode({"observations": observations, "actions": actions})
         return torch.cat([latents[:, 1:], latents[:, -1:]], dim=1).repeat_interleave(num_candidates, dim=0)
+
+
+def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor) -> Tensor:
+    """The network's input; diffusers' flow schedulers scale nothing and have no such method."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
 
 
 def _initial_std(scheduler: SchedulerMixin) -> float:

@@ -141,7 +141,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
     ) -> Tensor:
         """The network's output for `sample`; `denoiser` stands in for the component."""
         network, dtype = self.denoiser if denoiser is None else denoiser, self.denoiser.dtype
-        scaled = self.scheduler.scale_model_input(sample, timestep).to(dtype)
+        scaled = _scaled(self.scheduler, sample, timestep).to(dtype)
         return network(scaled, timestep, condition["embedding"].to(dtype), return_dict=False)[0].float()
 
     def sample(
@@ -202,6 +202,12 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """Critic's value of actions `(B, C, action_dim)` at observations `(B, observation_dim)`, shape `(B, C)`."""
         observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
         return self.critic(observations, self.normalizer.normalize_actions(actions))
+
+
+def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor) -> Tensor:
+    """The network's input; diffusers' flow schedulers scale nothing and have no such method."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
 
 
 def _initial_std(scheduler: SchedulerMixin) -> float:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 class InverseDynamics(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The action between two consecutive observations, for planners that generate observations only.
 
-    The layers are those of the original and of CleanDiffuser's `MlpInvDynamic`: two hidden layers of 512 with ReLU,
-    275,971 parameters for Hopper (`observation_dim=11, action_dim=3`). The output is linear as in the original, so
-    that actions at the bounds of the data are within reach; CleanDiffuser ends with a tanh.
+    Two hidden layers with ReLU as in the original, 512 wide as in CleanDiffuser's `MlpInvDynamic` (the original's code
+    is configured with 256): 275,971 parameters for Hopper (`observation_dim=11, action_dim=3`). The output is linear
+    as in the original, so that actions at the bounds of the data are within reach; CleanDiffuser ends with a tanh.
 
     Inputs may have any dtype and actions are float32, also where the network was cast to bfloat16.
 

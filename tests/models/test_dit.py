@@ -24,6 +24,21 @@ def trained() -> DiffusionTransformer1D:
     return model
 
 
+@pytest.mark.parametrize(
+    ("sizes", "difference", "cleandiffuser"),
+    [
+        # Decision Diffuser, Hopper: CleanDiffuser has an MLP 32 -> 128 -> 128 on Fourier features of the timestep.
+        ((11, 0), -(32 * 128 + 128 + 128 * 128 + 128), 4_073_547),
+        # Diffusion Policy, Push-T: also, our embedding of the condition 10 -> 320 -> 320 is outside of its network.
+        ((2, 10), -(32 * 128 + 128 + 128 * 128 + 128) + (10 * 320 + 320 + 320 * 320 + 320), 4_067_778),
+    ],
+)
+def test_parameter_counts_of_the_originals(sizes: tuple[int, int], difference: int, cleandiffuser: int) -> None:
+    with torch.device("meta"):
+        model = DiffusionTransformer1D(*sizes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cleandiffuser + difference
+
+
 def test_output_is_zero_and_blocks_are_the_identity_at_initialisation() -> None:
     model = tiny()
     assert not model(torch.randn(2, 5, 3), 3, torch.randn(2, 2)).sample.any()

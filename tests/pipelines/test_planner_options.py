@@ -1,4 +1,4 @@
-"""What a planner can be asked beyond a plan: goals, warm starts, resampling, plan values, inverse dynamics, samplers."""
+"""What a planner can be asked beyond a plan: goals, warm starts, resampling, plan values, inverse dynamics."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_stock_schedulers_of_the_same_levels_sample_the_same_distribution() -> N
         "prediction_type": "sample",
     }
     for stock in (DPMSolverMultistepScheduler(**settings), UniPCMultistepScheduler(**settings)):
-        pipeline = planner(denoiser=GaussianDenoiser(), scheduler=stock, num_inference_steps=20)
+        pipeline = planner(denoiser=GaussianDenoiser(), scheduler=stock, num_inference_steps=60)
         latents = pipeline.sample(
             pipeline.observation_condition(torch.zeros(4000, 3)), generator=torch.Generator().manual_seed(0)
         )[:, 1:, :3]
