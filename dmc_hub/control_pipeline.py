@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 # diffusers loads the components of a saved pipeline from modules that are already imported only.
 from dmc_hub import scheduler as _scheduler  # noqa: F401
-from dmc_hub.models import critic, dit, normalizer, temporal_unet  # noqa: F401
+from dmc_hub.models import (  # noqa: F401
+    action_transformer,
+    conditional_unet,
+    critic,
+    dit,
+    inverse_dynamics,
+    normalizer,
+    temporal_unet,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

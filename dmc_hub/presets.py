@@ -36,6 +36,8 @@ class Preset:
         methods: alignment methods of one pass.
         stages: settings of each method that differ from its defaults.
         num_candidates: candidates per decision when the controller is evaluated, as in the paper's tables.
+        num_threads: torch's threads on a CPU: networks this small gain nothing from a second one, and on a busy machine
+            its waiting costs a hundredfold.
     """
 
     build_pipeline: Callable[[Episodes, int], Any]
@@ -44,6 +46,7 @@ class Preset:
     methods: tuple[str, ...]
     stages: dict[str, dict[str, Any]]
     num_candidates: int
+    num_threads: int = 1
 
     def foundation_config(self, **overrides: Any) -> DenoisingConfig:
         """Config of foundation training."""

@@ -69,6 +69,8 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
     """
     start = time.perf_counter()
     task, preset = get_task(settings.task), PRESETS[settings.task](settings.controller)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(preset.num_threads)
     output_dir.mkdir(parents=True, exist_ok=True)
     _claim(output_dir, settings)
     episodes = Episodes.from_dataset(task.make_dataset(settings.seed))

@@ -94,6 +94,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
         return self.normalizer.config.action_dim
 
     @property
+    def num_observation_steps(self) -> int:
+        """1: a plan starts at the current observation."""
+        return 1
+
+    @property
     def latent_dim(self) -> int:
         """Width of one denoised step: the observation's, and the action's unless inverse dynamics give it."""
         return self.observation_dim + (self.action_dim if self.inverse_dynamics is None else 0)
@@ -138,7 +143,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
             ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no
                 critic to choose with.
         """
-        observations = self.normalizer.observation_batch(observation).to(self.denoiser.device)
+        observations = self.normalizer.observation_batch(observation)[:, 0].to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
@@ -174,8 +179,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
     # What trainers use: conditions, sampling, and the way between data and latents
 
     def observation_condition(self, observations: Tensor) -> dict[str, Tensor]:
-        """The condition of plans that start at `observations` `(B, observation_dim)`, in the environment's units."""
-        first = self.normalizer.normalize_observations(observations.float())
+        """The condition of plans that start at `observations`, in the environment's units.
+
+        `observations` has shape `(B, observation_dim)`, or `(B, 1, observation_dim)` as a history of one.
+        """
+        first = self.normalizer.normalize_observations(observations.float()).reshape(-1, self.observation_dim)
         plan = first.new_zeros(self.latent_shape(len(first)))
         plan[:, 0, : self.observation_dim] = first
         return self.context_condition(plan, torch.zeros(len(first), dtype=torch.int64))

@@ -30,23 +30,26 @@ class PolicyOutput:
         action: the selected action, shape `(B, action_dim)`.
         candidates: first actions of all sequences, shape `(B, num_candidates, action_dim)`.
         values: critic's value of each candidate, shape `(B, num_candidates)`; None without a critic.
+        actions: the selected sequence, shape `(B, horizon, action_dim)`: `action` first.
     """
 
     action: np.ndarray
     candidates: np.ndarray
     values: np.ndarray | None
+    actions: np.ndarray
 
 
 class DiffusionPolicyPipeline(ControlPipeline):
     """Act by sampling action sequences given the observation (Chi et al., arXiv:2303.04137; arXiv:2502.12198, 4.4).
 
     Args:
-        denoiser: maps noisy action sequences `(batch, horizon, action_dim)`, a timestep and the normalised observation
-            to the scheduler's prediction.
+        denoiser: maps noisy action sequences `(batch, horizon, action_dim)`, a timestep and the normalised
+            observations `(batch, num_observation_steps * observation_dim)` to the scheduler's prediction.
         scheduler: gives each denoising step as a Gaussian.
         normalizer: statistics of the data.
         critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
-        horizon: actions of a sequence.
+        horizon: actions of a sequence; the first is executed at the current step.
+        num_observation_steps: observations that the policy looks at, the current one last.
         num_inference_steps: default number of denoising steps.
     """
 
@@ -60,11 +63,14 @@ class DiffusionPolicyPipeline(ControlPipeline):
         normalizer: ModelMixin,
         critic: ModelMixin | None = None,
         horizon: int = 16,
+        num_observation_steps: int = 1,
         num_inference_steps: int = 10,
     ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic)
-        self.register_to_config(horizon=horizon, num_inference_steps=num_inference_steps)
+        self.register_to_config(
+            horizon=horizon, num_observation_steps=num_observation_steps, num_inference_steps=num_inference_steps
+        )
 
     @property
     def observation_dim(self) -> int:
@@ -73,6 +79,11 @@ class DiffusionPolicyPipeline(ControlPipeline):
     @property
     def action_dim(self) -> int:
         return self.normalizer.config.action_dim
+
+    @property
+    def num_observation_steps(self) -> int:
+        """Observations that the policy looks at."""
+        return self.config.num_observation_steps
 
     @torch.inference_mode()
     def __call__(
@@ -88,7 +99,9 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """Choose actions; all observations × candidates are denoised in one batch.
 
         Args:
-            observation: in the environment's units, shape `(observation_dim,)` or `(B, observation_dim)`.
+            observation: in the environment's units, shape `(observation_dim,)` or `(B, observation_dim)`; with
+                `num_observation_steps > 1` the history, oldest first, of shape `(num_observation_steps,
+                observation_dim)` or with `B` in front.
             num_candidates: action sequences sampled per observation.
             num_inference_steps: denoising steps; the pipeline's own by default.
             action_selection: `"greedy"` takes the candidate of the highest value, `"expectation"` the mean of all
@@ -101,32 +114,36 @@ class DiffusionPolicyPipeline(ControlPipeline):
             ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no
                 critic to choose with.
         """
-        observations = self.normalizer.observation_batch(observation).to(self.denoiser.device)
+        history = self.normalizer.observation_batch(observation, self.num_observation_steps).to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
-        condition = self.repeat(self.observation_condition(observations), num_candidates)
+        condition = self.repeat(self.observation_condition(history), num_candidates)
         latents = self.sample(condition, num_inference_steps=num_inference_steps, generator=generator)
-        _, sequences = self.decode(latents, condition)
-        actions = sequences[:, 0].unflatten(0, (-1, num_candidates))
-        values = self.values(observations, actions) if self.critic is not None else None
-        chosen = _select(actions, values, action_selection, temperature, generator)
-        single = np.ndim(observation) == 1
+        sequences = self.decode(latents, condition)[1].unflatten(0, (-1, num_candidates))
+        values = self._values(history[:, -1], sequences[:, :, 0]) if self.critic is not None else None
+        chosen = _select(sequences, values, action_selection, temperature, generator)
+        single = np.ndim(observation) == (1 if self.num_observation_steps == 1 else 2)
 
         def rows(tensor: Tensor) -> np.ndarray:
             return tensor[0].cpu().numpy() if single else tensor.cpu().numpy()
 
         return PolicyOutput(
-            action=rows(chosen),
-            candidates=rows(actions),
+            action=rows(chosen[:, 0]),
+            candidates=rows(sequences[:, :, 0]),
             values=None if values is None else rows(values),
+            actions=rows(chosen),
         )
 
     # What trainers use: conditions, sampling, and the way between data and latents
 
     def observation_condition(self, observations: Tensor) -> dict[str, Tensor]:
-        """The condition of action sequences at `observations` `(B, observation_dim)`, in the environment's units."""
-        return {"embedding": self.normalizer.normalize_observations(observations.float())}
+        """The condition of action sequences after `observations`, in the environment's units.
+
+        `observations` has shape `(B, num_observation_steps, observation_dim)`, or `(B, observation_dim)` for one.
+        """
+        normalized = self.normalizer.normalize_observations(observations.float())
+        return {"embedding": normalized.reshape(-1, self.num_observation_steps * self.observation_dim)}
 
     def repeat(self, condition: dict[str, Tensor], num_candidates: int) -> dict[str, Tensor]:
         """Each condition `num_candidates` times in a row."""
@@ -187,18 +204,20 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """Normalised action sequences and conditions from windows of data.
 
         Args:
-            batch: `observations` and `actions` of shape `(B, horizon, dim)`.
+            batch: `actions` `(B, horizon, action_dim)` and `observation_history` `(B, num_observation_steps,
+                observation_dim)`.
             num_context_steps: unused: a policy's context is its observation.
         """
         latents = self.normalizer.normalize_actions(batch["actions"])
-        return latents, self.observation_condition(batch["observations"][:, 0])
+        return latents, self.observation_condition(batch["observation_history"])
 
     def decode(self, latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Observations `(B, 1, observation_dim)` and actions `(B, horizon, action_dim)` in the environment's units."""
-        observations = self.normalizer.unnormalize_observations(condition["embedding"])[:, None]
+        current = condition["embedding"][:, None, -self.observation_dim :]
+        observations = self.normalizer.unnormalize_observations(current)
         return observations, self.normalizer.unnormalize_actions(latents)
 
-    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def _values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Critic's value of actions `(B, C, action_dim)` at observations `(B, observation_dim)`, shape `(B, C)`."""
         observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
         return self.critic(observations, self.normalizer.normalize_actions(actions))

@@ -45,7 +45,7 @@ class DenoisingTrainer(DiffusionTrainer):
 
     def __init__(self, pipeline: Any, args: DenoisingConfig, *, train_dataset: Any, **kwargs: Any) -> None:
         super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
-        self.windows = self.train_dataset.windows(pipeline.config.horizon)
+        self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
 
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size
@@ -55,8 +55,7 @@ class DenoisingTrainer(DiffusionTrainer):
         masked = torch.rand(size, generator=generator) < self.args.inpainting_probability
         noise_shape = self.pipeline.latent_shape(size)
         return {
-            "observations": batch["observations"],
-            "actions": batch["actions"],
+            **batch,
             "num_context_steps": torch.where(masked, random_length, 0),
             "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
             "noise": torch.randn(noise_shape, generator=generator),

@@ -60,7 +60,7 @@ class SamplingTrainer(DiffusionTrainer):
     ) -> None:
         super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
         self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
-        self.windows = self.train_dataset.windows(pipeline.config.horizon)
+        self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
         self._buffer: dict[str, Tensor] = {}
         self._check_reward_function()
 
@@ -94,9 +94,8 @@ class SamplingTrainer(DiffusionTrainer):
 
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Conditions at `count` observations drawn from the data."""
-        steps = torch.randint(self.train_dataset.num_steps, (count,), generator=generator)
-        observations = torch.from_numpy(self.train_dataset.observations[steps.numpy()])
-        return self.pipeline.observation_condition(observations.to(self.args.device))
+        steps = torch.randint(len(self.windows), (count,), generator=generator)
+        return self.pipeline.observation_condition(self.windows.history(steps).to(self.args.device))
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of normalised samples."""

@@ -137,11 +137,15 @@ class Episodes:
             "terminations": torch.from_numpy(self.terminations[rows].astype(np.float32)),
         }
 
-    def windows(self, horizon: int) -> Windows:
-        """All windows of `horizon` steps, one starting at every step."""
-        if horizon < 1:
-            raise ValueError(f"`horizon` must be at least 1, got {horizon}.")
-        return Windows(self, horizon, np.repeat(self.episode_ends - 1, self.episode_lengths))
+    def windows(self, horizon: int, num_observation_steps: int = 1) -> Windows:
+        """All windows of `horizon` steps, one starting at every step, with the observations that led there."""
+        if horizon < 1 or num_observation_steps < 1:
+            raise ValueError(
+                f"`horizon` and `num_observation_steps` must be at least 1, got {horizon} and {num_observation_steps}."
+            )
+        last = np.repeat(self.episode_ends - 1, self.episode_lengths)
+        first = np.repeat(self.episode_starts, self.episode_lengths)
+        return Windows(self, horizon, num_observation_steps, first, last)
 
     def to_dataset(self) -> Dataset:
         """The episodes as a `datasets.Dataset` that `from_dataset` reads back to the same arrays."""
@@ -159,11 +163,15 @@ class Windows:
 
     episodes: where the windows look.
     horizon: number of steps of a window.
+    num_observation_steps: length of the history, the current observation included.
+    first_steps: first step of the episode of every step, int64 of shape `(num_steps,)`.
     last_steps: last step of the episode of every step, int64 of shape `(num_steps,)`.
     """
 
     episodes: Episodes
     horizon: int
+    num_observation_steps: int
+    first_steps: np.ndarray
     last_steps: np.ndarray
 
     def __len__(self) -> int:
@@ -180,7 +188,8 @@ class Windows:
 
         Returns:
             `observations` `(batch, horizon, observation_dim)`, `actions` `(batch, horizon, action_dim)`,
-            `rewards` `(batch, horizon)`, all float32, and `valid` `(batch, horizon)`, bool.
+            `rewards` `(batch, horizon)` and `observation_history` `(batch, num_observation_steps, observation_dim)`,
+            all float32, and `valid` `(batch, horizon)`, bool.
         """
         starts = _as_indices(indices)
         last = self.last_steps[starts][:, None]
@@ -192,8 +201,18 @@ class Windows:
             "observations": torch.from_numpy(np.where(valid[..., None], self.episodes.observations[rows], final)),
             "actions": torch.from_numpy(self.episodes.actions[rows] * valid[..., None]),
             "rewards": torch.from_numpy(self.episodes.rewards[rows] * valid),
+            "observation_history": self.history(starts),
             "valid": torch.from_numpy(valid),
         }
+
+    def history(self, indices: np.ndarray | Tensor) -> Tensor:
+        """The last observations up to those steps, the oldest first; before an episode's start its first is repeated.
+
+        Shape `(batch, num_observation_steps, observation_dim)`, float32.
+        """
+        steps = _as_indices(indices)
+        rows = steps[:, None] + np.arange(1 - self.num_observation_steps, 1)
+        return torch.from_numpy(self.episodes.observations[np.maximum(rows, self.first_steps[steps][:, None])])
 
 
 def episode_features(observation_dim: int, action_dim: int) -> Features:

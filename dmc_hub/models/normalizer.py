@@ -65,24 +65,34 @@ class Normalizer(ModelMixin, ConfigMixin):
             getattr(normalizer, f"{name}_scale").copy_(torch.from_numpy(scale))
         return normalizer
 
-    def observation_batch(self, observation: np.ndarray | Tensor) -> Tensor:
-        """Check an observation from outside, `(observation_dim,)` or `(B, observation_dim)`, and return it as a batch.
+    def observation_batch(self, observation: np.ndarray | Tensor, num_steps: int = 1) -> Tensor:
+        """Check an observation from outside and return it as a float32 batch `(B, num_steps, observation_dim)`.
+
+        Args:
+            observation: `(observation_dim,)` or `(B, observation_dim)`; with `num_steps > 1` a history, the oldest
+                first, `(num_steps, observation_dim)` or `(B, num_steps, observation_dim)`.
+            num_steps: observations that the controller looks at.
 
         Raises:
             ValueError: another shape, a dtype that is not floating point, or entries that are not finite.
         """
-        width = self.config.observation_dim
+        shape = (self.config.observation_dim,) if num_steps == 1 else (num_steps, self.config.observation_dim)
         tensor = observation if isinstance(observation, Tensor) else _tensor(observation)
-        if tensor.ndim not in (1, 2) or tensor.shape[-1] != width or not tensor.numel():
+        extra = tensor.ndim - len(shape)
+        if extra not in (0, 1) or tensor.shape[extra:] != shape or not tensor.numel():
+            sizes = ", ".join(map(str, shape))
             raise ValueError(
-                f"`observation` must have shape ({width},) or (batch, {width}), got {tuple(tensor.shape)}."
+                f"`observation` must have shape ({sizes}{',' * (len(shape) == 1)}) or (batch, {sizes}), got "
+                f"{tuple(tensor.shape)}."
             )
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"`observation` must be floating point, got {tensor.dtype}: use `.astype('float32')`.")
-        tensor = tensor.float().reshape(-1, width)
+        tensor = tensor.float().reshape(-1, num_steps, self.config.observation_dim)
         if not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor)).any(1).nonzero()[0])
-            raise ValueError(f"`observation` has NaN or infinite entries in row {row}: {tensor[row].tolist()}.")
+            row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"`observation` has NaN or infinite entries in row {row}: {tensor[row].flatten().tolist()}."
+            )
         return tensor
 
     def normalize_observations(self, observations: Tensor) -> Tensor:

@@ -128,8 +128,15 @@ def test_windows_of_a_random_set_agree_with_a_loop() -> None:
             assert batch["valid"][step].sum() == len(inside)
 
 
+def test_a_history_stops_at_the_start_of_its_episode() -> None:
+    windows = make_episodes((3, 2)).windows(2, num_observation_steps=3)
+    history = windows.gather(np.arange(5))["observation_history"]
+    assert history[:, :, 0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3], [3, 3, 4]]
+    assert torch.equal(history[:, -1], windows.gather(np.arange(5))["observations"][:, 0])
+
+
 def test_windows_need_a_positive_horizon() -> None:
-    with pytest.raises(ValueError, match="`horizon` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`horizon` and `num_observation_steps` must be at least 1, got 0 and 1"):
         make_episodes().windows(0)
 
 

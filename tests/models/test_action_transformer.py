@@ -75,20 +75,21 @@ def torch_decoder(model: ActionTransformer) -> nn.TransformerDecoder:
     """torch's pre-norm decoder with the weights of `model`."""
     layer = nn.TransformerDecoderLayer(16, 4, 64, 0.0, activation="gelu", batch_first=True, norm_first=True)
     decoder = nn.TransformerDecoder(layer, 2)
+    theirs: Any
+    block: Any
     with torch.no_grad():
-        for theirs, ours in zip(decoder.layers, model.blocks, strict=True):
-            own, other, block = theirs.self_attn, theirs.multihead_attn, ours  # type: ignore[union-attr]
-            _copy_attention(own, [block.self_attention.qkv], block.self_attention.projection)
-            cross = block.cross_attention
-            _copy_attention(other, [cross.query, cross.key_value], cross.projection)
-            for name, module in (
-                ("norm1", block.norm_self),
-                ("norm2", block.norm_cross),
-                ("norm3", block.norm_mlp),
-                ("linear1", block.mlp[0]),
-                ("linear2", block.mlp[2]),
+        for theirs, block in zip(decoder.layers, model.blocks, strict=True):
+            own, cross = block.self_attention, block.cross_attention
+            _copy_attention(theirs.self_attn, [own.qkv], own.projection)
+            _copy_attention(theirs.multihead_attn, [cross.query, cross.key_value], cross.projection)
+            for source, target in (
+                (block.norm_self, theirs.norm1),
+                (block.norm_cross, theirs.norm2),
+                (block.norm_mlp, theirs.norm3),
+                (block.mlp[0], theirs.linear1),
+                (block.mlp[2], theirs.linear2),
             ):
-                theirs.get_submodule(name).load_state_dict(module.state_dict())
+                target.load_state_dict(source.state_dict())
     return decoder
 
 

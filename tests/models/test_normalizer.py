@@ -116,7 +116,7 @@ READ_ONLY = np.broadcast_to(np.float32(0.5), (3,))
 def test_observations_become_a_float32_batch(observation: Any, rows: int) -> None:
     batch = fitted().observation_batch(observation)
     assert batch.dtype == torch.float32
-    assert batch.tolist() == np.reshape(np.asarray(observation), (rows, 3)).tolist()
+    assert batch.tolist() == np.reshape(np.asarray(observation), (rows, 1, 3)).tolist()
 
 
 @pytest.mark.parametrize(

@@ -277,14 +277,14 @@ def test_the_action_depends_on_the_observation() -> None:
 def test_encode_and_decode_are_inverse_inside_the_data() -> None:
     source = torch.Generator().manual_seed(0)
     batch = {
-        "observations": 4 * torch.rand(2, 4, 3, generator=source) - 2,
+        "observation_history": 4 * torch.rand(2, 1, 3, generator=source) - 2,
         "actions": torch.rand(2, 4, 2, generator=source) * torch.tensor([2, 20]) + torch.tensor([-1, 10]),
     }
     latents, condition = tiny().encode(batch)
     assert float(latents.abs().max()) <= 1
-    torch.testing.assert_close(condition["embedding"], batch["observations"][:, 0] / 2)
+    torch.testing.assert_close(condition["embedding"], batch["observation_history"][:, 0] / 2)
     observations, actions = tiny().decode(latents, condition)
-    torch.testing.assert_close(observations, batch["observations"][:, :1])
+    torch.testing.assert_close(observations, batch["observation_history"])
     torch.testing.assert_close(actions, batch["actions"])
 
 
@@ -304,3 +304,30 @@ def test_actions_end_in_the_range_of_the_data(mode: str, expected: float) -> Non
 def test_every_entry_is_free() -> None:
     pipeline = tiny()
     assert pipeline.free_entries(pipeline.observation_condition(torch.zeros(1, 3))) is None
+
+
+def test_a_history_of_observations_conditions_the_policy() -> None:
+    torch.manual_seed(0)
+    pipeline = DiffusionPolicyPipeline(
+        DiffusionTransformer1D(2, 6, dim=16, num_heads=2, depth=1),
+        TransitionScheduler(20, prediction_type="sample"),
+        tiny().normalizer,
+        TwinQCritic(3, 2, (16,)),
+        horizon=4,
+        num_observation_steps=2,
+        num_inference_steps=5,
+    )
+    disturb(pipeline)
+    history = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 2, 3)
+    batch = pipeline(history, num_candidates=3, generator=0)
+    assert batch.actions.shape == (2, 4, 2)
+    np.testing.assert_array_equal(batch.actions[:, 0], batch.action)
+    single = pipeline(history[0], num_candidates=3, generator=0)
+    assert single.actions.shape == (4, 2)
+    changed = history.copy()
+    changed[:, 0] += 0.5  # the older observation matters, but the critic values the current one
+    assert np.abs(pipeline(changed, num_candidates=3, generator=0).candidates - batch.candidates).max() > 1e-3
+    observations, _ = pipeline.decode(torch.zeros(2, 4, 2), pipeline.observation_condition(torch.from_numpy(history)))
+    np.testing.assert_allclose(observations[:, 0], history[:, -1], atol=1e-6)
+    with pytest.raises(ValueError, match=r"`observation` must have shape \(2, 3\) or \(batch, 2, 3\), got \(3,\)"):
+        pipeline(history[0, 0])
