@@ -8,10 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmc_hub.agent import Agent
     from dmc_hub.data.episodes import Episodes
     from dmc_hub.envs.nav1d import Nav1DEnv
+    from dmc_hub.models.action_transformer import ActionTransformer
+    from dmc_hub.models.conditional_unet import ConditionalUnet1D
     from dmc_hub.models.critic import TwinQCritic
     from dmc_hub.models.dit import DiffusionTransformer1D
+    from dmc_hub.models.inverse_dynamics import InverseDynamics
     from dmc_hub.models.normalizer import Normalizer
     from dmc_hub.models.temporal_unet import TemporalUnet
     from dmc_hub.pipelines.diffuser_planner import DiffuserPlannerPipeline
@@ -36,7 +40,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ActionTransformer",
+    "Agent",
     "AlignmentConfig",
+    "ConditionalUnet1D",
     "CosineSchedule",
     "DDPOConfig",
     "DDPOTrainer",
@@ -52,6 +59,7 @@ __all__ = [
     "FlowSchedule",
     "IQLConfig",
     "IQLTrainer",
+    "InverseDynamics",
     "LinearSchedule",
     "Nav1DEnv",
     "NoiseSchedule",
@@ -69,8 +77,12 @@ __all__ = [
 ]
 
 _NAMES_OF_MODULE = {
+    "dmc_hub.agent": ("Agent",),
     "dmc_hub.data.episodes": ("Episodes",),
     "dmc_hub.envs.nav1d": ("Nav1DEnv",),
+    "dmc_hub.models.action_transformer": ("ActionTransformer",),
+    "dmc_hub.models.conditional_unet": ("ConditionalUnet1D",),
+    "dmc_hub.models.inverse_dynamics": ("InverseDynamics",),
     "dmc_hub.models.critic": ("TwinQCritic",),
     "dmc_hub.models.dit": ("DiffusionTransformer1D",),
     "dmc_hub.models.normalizer": ("Normalizer",),

@@ -12,6 +12,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from scipy.stats import bootstrap, trim_mean
 
+from dmc_hub.agent import Agent
 from dmc_hub.rollout import Rollouts, run_episodes
 
 COHERENCY_TOLERANCE = 0.1
@@ -257,9 +258,9 @@ def evaluate(
     """Run one episode per seed with a pipeline and summarise them.
 
     Args:
-        pipeline: called with observations `(num_envs, observation_dim)` and the keywords `num_candidates`,
-            `action_selection`, `num_inference_steps` and `generator`; its output has `action` and
-            `candidates`.
+        pipeline: a pipeline, or an `Agent` around one, which is reset when episodes start. It is called with
+            observations `(num_envs, observation_dim)` and the keywords `num_candidates`, `action_selection`,
+            `num_inference_steps` and `generator`; its output has `action` and `candidates`.
         vector_env: see `dmc_hub.rollout.run_episodes`.
         seeds: one seed per episode.
         num_candidates: candidates per state.
@@ -290,7 +291,10 @@ def evaluate(
 
     generator = torch.Generator().manual_seed(generator_seed)
     started = time.perf_counter()
-    rollouts = run_episodes(controller, vector_env, seeds=seeds, generator=generator, progress=progress)
+    on_reset = pipeline.reset if isinstance(pipeline, Agent) else None
+    rollouts = run_episodes(
+        controller, vector_env, seeds=seeds, generator=generator, on_reset=on_reset, progress=progress
+    )
     wall_seconds = time.perf_counter() - started
     visited = _visited(rollouts, vector_env.num_envs)
     return Evaluation(

@@ -15,6 +15,7 @@ import gymnasium
 import torch
 
 from dmc_hub import checkpoint
+from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
 from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
 from dmc_hub.hub import load_pipeline
@@ -112,7 +113,7 @@ def evaluate_on_task(
     vector_env = gymnasium.make_vec(task.env_id, num_envs=min(num_episodes, 128))
     try:
         return evaluate(
-            pipeline,
+            Agent(pipeline),
             vector_env,
             seeds=range(first_seed, first_seed + num_episodes),
             optimal_return=None if task.optimal_return is None else task.optimal_return(),

@@ -78,6 +78,7 @@ def run_episodes(
     *,
     seeds: Sequence[int],
     generator: torch.Generator | None = None,
+    on_reset: Callable[[], None] | None = None,
     progress: bool = False,
 ) -> Rollouts:
     """Run one episode per seed, `vector_env.num_envs` of them at a time.
@@ -91,6 +92,7 @@ def run_episodes(
         vector_env: with one-dimensional float observations and actions and autoreset mode NEXT_STEP.
         seeds: one seed per episode, given to the environment that runs it.
         generator: passed on to the controller at every step.
+        on_reset: called whenever episodes start in all environments, for controllers that remember.
         progress: whether to show a bar that counts finished episodes.
 
     Returns:
@@ -105,7 +107,11 @@ def run_episodes(
         raise ValueError("`seeds` is empty: pass one seed per episode.")
     chunks = [seeds[i : i + vector_env.num_envs] for i in range(0, len(seeds), vector_env.num_envs)]
     with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
-        batches = [_run_batch(controller, vector_env, chunk, generator, bar) for chunk in chunks]
+        batches = []
+        for chunk in chunks:
+            if on_reset is not None:
+                on_reset()
+            batches.append(_run_batch(controller, vector_env, chunk, generator, bar))
     return _collect(batches, seeds)
 
 

@@ -1,0 +1,102 @@
+"""A pipeline with the memory that acting step by step needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
+
+
+class Agent:
+    """Calls a planner or policy once per step (or once per chunk) and keeps what the next call needs.
+
+    It is called like the pipeline, with the observations of all environments at one step, and must be `reset` when
+    episodes start. It keeps the observation history of a policy, the rest of an action chunk, the sequences that
+    temporal ensembling averages, and the plan that warm-starts the next one.
+
+    Args:
+        pipeline: the controller.
+        num_action_steps: actions executed before the next decision (Diffusion Policy's `T_a`, arXiv:2303.04137).
+        ensembling_decay: average what all earlier sequences say of this step with weights `exp(-decay * age rank)`, the
+            oldest sequence first (ACT, arXiv:2304.13705); decides at every step, so `num_action_steps` must be 1.
+        num_warm_start_steps: a planner starts from its previous plan, shifted, and runs so many denoising steps.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffuserPlannerPipeline | DiffusionPolicyPipeline,
+        *,
+        num_action_steps: int = 1,
+        ensembling_decay: float | None = None,
+        num_warm_start_steps: int | None = None,
+    ) -> None:
+        if not 1 <= num_action_steps <= pipeline.config.horizon:
+            raise ValueError(
+                f"`num_action_steps` must lie in 1..{pipeline.config.horizon}, the horizon; got {num_action_steps}."
+            )
+        if ensembling_decay is not None and num_action_steps > 1:
+            raise ValueError("`ensembling_decay` needs a decision at every step: set `num_action_steps` to 1.")
+        if num_warm_start_steps is not None and not isinstance(pipeline, DiffuserPlannerPipeline):
+            raise ValueError("`num_warm_start_steps` is for planners: a policy has no previous plan.")
+        if num_warm_start_steps is not None and num_action_steps > 1:
+            raise ValueError(
+                "`num_warm_start_steps` shifts the previous plan by one step: set `num_action_steps` to 1."
+            )
+        self.pipeline = pipeline
+        self.num_action_steps = num_action_steps
+        self.ensembling_decay = ensembling_decay
+        self.num_warm_start_steps = num_warm_start_steps
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: new episodes start in all environments."""
+        self._history: deque[np.ndarray] = deque(maxlen=self.pipeline.num_observation_steps)
+        self._sequences: deque[np.ndarray] = deque(maxlen=self.pipeline.config.horizon)
+        self._output: Any = None
+        self._age = 0
+
+    def __call__(
+        self, observations: np.ndarray, *, generator: int | torch.Generator | None = None, **options: Any
+    ) -> Any:
+        """The pipeline's output, its `action` the one to execute now.
+
+        Args:
+            observations: of all environments, shape `(B, observation_dim)`.
+            generator: see the pipeline.
+            options: passed to the pipeline.
+        """
+        observations = np.asarray(observations, dtype=np.float32)
+        if not self._history:
+            self._history.extend([observations] * self.pipeline.num_observation_steps)
+        else:
+            self._history.append(observations)
+        self._age += 1
+        if self._output is None or self._age >= self.num_action_steps or self.ensembling_decay is not None:
+            self._decide(generator, options)
+        return dataclasses.replace(self._output, action=self._action())
+
+    def _decide(self, generator: int | torch.Generator | None, options: dict[str, Any]) -> None:
+        several = self.pipeline.num_observation_steps > 1
+        seen = np.stack(self._history, axis=1) if several else self._history[-1]
+        if self.num_warm_start_steps is not None and self._output is not None:
+            warm = {"previous_plan": self._output.plan, "num_warm_start_steps": self.num_warm_start_steps}
+            options = {**options, **warm}
+        self._output = self.pipeline(seen, generator=generator, **options)
+        self._age = 0
+        if isinstance(self.pipeline, DiffuserPlannerPipeline):
+            self._sequences.append(self._output.plan[..., self.pipeline.observation_dim :])
+        else:
+            self._sequences.append(self._output.actions)
+
+    def _action(self) -> np.ndarray:
+        if self.ensembling_decay is None:
+            return self._sequences[-1][:, self._age]
+        newest = len(self._sequences) - 1
+        opinions = np.stack([sequence[:, newest - i] for i, sequence in enumerate(self._sequences)])
+        weights = np.exp(-self.ensembling_decay * np.arange(len(opinions)))
+        return np.tensordot(weights / weights.sum(), opinions, axes=1).astype(np.float32)
