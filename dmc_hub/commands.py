@@ -30,7 +30,12 @@ class AlignArguments:
 
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
     output_dir: str = field(metadata={"help": "Folder of the run. A run that was interrupted there continues."})
-    controller: Literal["planner", "policy"] = field(default="planner", metadata={"help": "Kind of controller."})
+    controller: Literal["planner", "decision_diffuser", "policy"] = field(
+        default="planner", metadata={"help": "Kind of controller."}
+    )
+    sampler: Literal["ddpm", "ddim", "sm", "fm"] = field(
+        default="ddpm", metadata={"help": "DDPM, DDIM, score matching or flow matching."}
+    )
     methods: list[str] | None = field(
         default=None, metadata={"help": f"Methods of one pass, from {', '.join(METHODS)}; the preset's by default."}
     )
@@ -48,13 +53,14 @@ class AlignArguments:
     def settings(self) -> RunSettings:
         """The run's settings, with the preset's values where nothing was said."""
         get_task(self.task)
-        preset = PRESETS[self.task](self.controller)
+        preset = PRESETS[self.task](self.controller, self.sampler)
         for name in ("num_passes", "num_evaluation_episodes", "num_validation_episodes", "training_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         return RunSettings(
             task=self.task,
             controller=self.controller,
+            sampler=self.sampler,
             seed=self.seed,
             methods=tuple(self.methods or preset.methods),
             num_passes=self.num_passes,
@@ -70,7 +76,12 @@ class FoundationArguments:
     """Arguments of the commands that train a foundation or its critic."""
 
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
-    controller: Literal["planner", "policy"] = field(default="planner", metadata={"help": "Kind of controller."})
+    controller: Literal["planner", "decision_diffuser", "policy"] = field(
+        default="planner", metadata={"help": "Kind of controller."}
+    )
+    sampler: Literal["ddpm", "ddim", "sm", "fm"] = field(
+        default="ddpm", metadata={"help": "DDPM, DDIM, score matching or flow matching."}
+    )
     pipeline: str | None = field(
         default=None, metadata={"help": "Saved pipeline to start from; by default a new one of the task's preset."}
     )
@@ -182,7 +193,9 @@ def _train_foundation(
     task, output_dir = get_task(arguments.task), _output_dir(config)
     episodes = Episodes.from_dataset(task.make_dataset(config.seed))
     if arguments.pipeline is None:
-        pipeline: Any = PRESETS[task.name](arguments.controller).build_pipeline(episodes, config.seed)
+        pipeline: Any = PRESETS[task.name](arguments.controller, arguments.sampler).build_pipeline(
+            episodes, config.seed
+        )
     else:
         pipeline = load_pipeline(arguments.pipeline)
     trainer = trainer_type(pipeline, config, train_dataset=episodes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from dmc_hub.data import Episodes
 from dmc_hub.models.critic import TwinQCritic
 from dmc_hub.models.dit import DiffusionTransformer1D
+from dmc_hub.models.inverse_dynamics import InverseDynamics
 from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
@@ -23,7 +26,15 @@ from dmc_hub.trainers.reward_gradient import RewardGradientConfig
 from dmc_hub.trainers.sampling import SamplingConfig
 from dmc_hub.trainers.sft import SFTConfig
 
-CONTROLLERS = ("planner", "policy")
+CONTROLLERS = ("planner", "decision_diffuser", "policy")
+SAMPLERS: dict[str, tuple[dict[str, Any], int]] = {
+    "ddpm": ({"schedule": "cosine", "prediction_type": "sample", "eta": 1.0}, 10),
+    "ddim": ({"schedule": "cosine", "prediction_type": "sample", "eta": 0.0}, 5),
+    "sm": ({"schedule": "variance_exploding", "prediction_type": "v_prediction", "eta": 1.0}, 10),
+    "fm": ({"schedule": "flow", "prediction_type": "velocity", "eta": 1.0}, 10),
+}
+"""Settings of `TransitionScheduler` and inference steps of the paper's four samplers: DDPM, DDIM, score matching (an
+exploding variance, whose v prediction is EDM's preconditioning) and flow matching. DDIM is deterministic."""
 
 
 @dataclass(frozen=True)
@@ -70,36 +81,54 @@ class Preset:
         }
 
 
-def build_nav1d_planner(episodes: Episodes, seed: int) -> DiffuserPlannerPipeline:
+def build_nav1d_planner(episodes: Episodes, seed: int, sampler: str = "ddpm") -> DiffuserPlannerPipeline:
     """Diffuser planner over the whole horizon of 8 steps; a U-Net of 0.25 M parameters."""
-    normalizer = Normalizer.from_data(episodes.observations, episodes.actions)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         denoiser = TemporalUnet(episodes.observation_dim + episodes.action_dim, dim=32, dim_mults=(1, 2))
-        critic = TwinQCritic(episodes.observation_dim, episodes.action_dim)
-    scheduler = TransitionScheduler(num_train_timesteps=100, prediction_type="sample")
-    return DiffuserPlannerPipeline(denoiser, scheduler, normalizer, critic, horizon=8, num_inference_steps=10)
+        return DiffuserPlannerPipeline(denoiser, **_common_parts(episodes, sampler), horizon=8)
 
 
-def build_nav1d_policy(episodes: Episodes, seed: int) -> DiffusionPolicyPipeline:
+def build_nav1d_decision_diffuser(episodes: Episodes, seed: int, sampler: str = "ddpm") -> DiffuserPlannerPipeline:
+    """Decision Diffuser without returns: a DiT of 0.31 M parameters plans observations, inverse dynamics act."""
+    with _seeded(seed):
+        denoiser = DiffusionTransformer1D(episodes.observation_dim, dim=96, num_heads=4, depth=2)
+        inverse_dynamics = InverseDynamics(episodes.observation_dim, episodes.action_dim, hidden_dims=(128, 128))
+        parts = _common_parts(episodes, sampler)
+        return DiffuserPlannerPipeline(denoiser, **parts, inverse_dynamics=inverse_dynamics, horizon=8)
+
+
+def build_nav1d_policy(episodes: Episodes, seed: int, sampler: str = "ddpm") -> DiffusionPolicyPipeline:
     """Diffusion policy of single actions; a DiT of 0.17 M parameters."""
-    normalizer = Normalizer.from_data(episodes.observations, episodes.actions)
+    with _seeded(seed):
+        denoiser = DiffusionTransformer1D(episodes.action_dim, episodes.observation_dim, dim=64, num_heads=4)
+        return DiffusionPolicyPipeline(denoiser, **_common_parts(episodes, sampler), horizon=1)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser = DiffusionTransformer1D(episodes.action_dim, episodes.observation_dim, dim=64, num_heads=4)
-        critic = TwinQCritic(episodes.observation_dim, episodes.action_dim)
-    scheduler = TransitionScheduler(num_train_timesteps=100, prediction_type="sample")
-    return DiffusionPolicyPipeline(denoiser, scheduler, normalizer, critic, horizon=1, num_inference_steps=10)
+        yield
 
 
-def nav1d(controller: str) -> Preset:
+def _common_parts(episodes: Episodes, sampler: str) -> dict[str, Any]:
+    settings, steps = SAMPLERS[sampler]
+    return {
+        "scheduler": TransitionScheduler(num_train_timesteps=100, **settings),
+        "normalizer": Normalizer.from_data(episodes.observations, episodes.actions),
+        "critic": TwinQCritic(episodes.observation_dim, episodes.action_dim),
+        "num_inference_steps": steps,
+    }
+
+
+def nav1d(controller: str, sampler: str = "ddpm") -> Preset:
     """Nav1D with a planner (16 candidates per decision) or a policy (8).
 
     Raises:
-        ValueError: unknown controller.
+        ValueError: unknown controller or sampler.
     """
-    if controller not in CONTROLLERS:
-        raise ValueError(f"`controller` must be one of {', '.join(CONTROLLERS)}; got {controller!r}.")
+    _check_choice("controller", controller, CONTROLLERS)
+    _check_choice("sampler", sampler, tuple(SAMPLERS))
     critic = {
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 512,
@@ -107,36 +136,42 @@ def nav1d(controller: str) -> Preset:
         "expectile": 0.95,
         "polyak": 0.01,
     }
-    if controller == "planner":
+    if controller == "policy":
         return Preset(
-            build_pipeline=build_nav1d_planner,
-            foundation={"max_steps": 4000},
+            build_pipeline=functools.partial(build_nav1d_policy, sampler=sampler),
+            foundation={"max_steps": 2000, "per_device_train_batch_size": 512},
             critic=critic,
-            methods=("ddpo", "dpo", "sft"),
+            methods=("reward_gradient", "dpo", "sft"),
             stages={
-                "ddpo": {"max_steps": 80},
-                "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
-                "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
-                "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
+                "ddpo": {"max_steps": 300},
+                "reward_gradient": {"max_steps": 150},
+                "dpo": {"max_steps": 200},
+                "sft": {"max_steps": 150, "steps_per_buffer": 75},
             },
-            num_candidates=16,
+            num_candidates=8,
         )
+    build = build_nav1d_planner if controller == "planner" else build_nav1d_decision_diffuser
     return Preset(
-        build_pipeline=build_nav1d_policy,
-        foundation={"max_steps": 2000, "per_device_train_batch_size": 512},
+        build_pipeline=functools.partial(build, sampler=sampler),
+        foundation={"max_steps": 4000},
         critic=critic,
-        methods=("reward_gradient", "dpo", "sft"),
+        methods=("dpo", "sft") if sampler == "ddim" else ("ddpo", "dpo", "sft"),
         stages={
-            "ddpo": {"max_steps": 300},
-            "reward_gradient": {"max_steps": 150},
-            "dpo": {"max_steps": 200},
-            "sft": {"max_steps": 150},
+            "ddpo": {"max_steps": 80},
+            "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
+            "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
+            "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
         },
-        num_candidates=8,
+        num_candidates=16,
     )
 
 
-PRESETS: dict[str, Callable[[str], Preset]] = {
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
+
+
+PRESETS: dict[str, Callable[[str, str], Preset]] = {
     "nav1d-full": nav1d,
     "nav1d-partial": nav1d,
     "nav1d-expert": nav1d,

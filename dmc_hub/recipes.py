@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, get_task
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult
 from dmc_hub.trainers.denoising import DenoisingTrainer
+from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
 from dmc_hub.trainers.iql import IQLTrainer
 
 VALIDATION_SEED, EVALUATION_SEED = 1_000_000, 2_000_000
@@ -35,7 +37,8 @@ class RunSettings:
 
     Attributes:
         task: id of the task.
-        controller: `"planner"` or `"policy"`.
+        controller: one of `presets.CONTROLLERS`.
+        sampler: one of `presets.SAMPLERS`.
         seed: of data, networks and training.
         methods: alignment methods of one pass.
         num_passes: passes through them.
@@ -47,6 +50,7 @@ class RunSettings:
 
     task: str
     controller: str
+    sampler: str
     seed: int
     methods: tuple[str, ...]
     num_passes: int
@@ -69,7 +73,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
         ValueError: unknown task or controller, or `output_dir` holds a run with other settings.
     """
     start = time.perf_counter()
-    task, preset = get_task(settings.task), PRESETS[settings.task](settings.controller)
+    task, preset = get_task(settings.task), PRESETS[settings.task](settings.controller, settings.sampler)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(preset.num_threads)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
 
 def coherency_of(task: Task, controller: str) -> Any:
     """The coherency score of Eq. 15 (planner) or 16 (policy) for `evaluate`; None where the task does not define it."""
-    if controller == "planner" and task.dynamics is not None:
+    if controller != "policy" and task.dynamics is not None:
         dynamics = task.dynamics
         return lambda observations, output: planner_coherency_scores(
             output.trajectories, dynamics, observations.shape[-1]
@@ -136,6 +140,11 @@ def _foundation(settings: RunSettings, preset: Preset, episodes: Episodes, folde
     DenoisingTrainer(
         pipeline, preset.foundation_config(seed=settings.seed, max_steps=steps), train_dataset=episodes
     ).train()
+    if settings.controller == "decision_diffuser":
+        _say("inverse dynamics")
+        dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed)
+        dynamics = dataclasses.replace(dynamics, max_steps=settings.scaled(dynamics.max_steps))
+        InverseDynamicsTrainer(pipeline, dynamics, train_dataset=episodes).train()
     _say("critic: IQL")
     steps = settings.scaled(preset.critic_config().max_steps)
     IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
@@ -233,6 +242,7 @@ def _report(
     return {
         "task": settings.task,
         "controller": settings.controller,
+        "sampler": settings.sampler,
         "seed": settings.seed,
         "training_scale": settings.training_scale,
         "methods": " → ".join(settings.methods) + f", up to {settings.num_passes} passes",
