@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, Literal
 
 from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
-from dmc_hub.hub import load_pipeline
+from dmc_hub.hub import load_pipeline, verify_if_possible
 from dmc_hub.presets import PRESETS
 from dmc_hub.recipes import EVALUATION_SEED, RunSettings, align_task, evaluate_on_task
 from dmc_hub.tasks import get_task
-from dmc_hub.trainers.alignment import METHODS
+from dmc_hub.trainers.alignment import METHODS, AlignmentConfig
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
@@ -54,9 +55,12 @@ class AlignArguments:
         """The run's settings, with the preset's values where nothing was said."""
         get_task(self.task)
         preset = PRESETS[self.task](self.controller, self.sampler)
-        for name in ("num_passes", "num_evaluation_episodes", "num_validation_episodes", "training_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        _require_positive(self, "num_passes", "num_evaluation_episodes", "num_validation_episodes", "num_candidates")
+        if not 0 < self.training_scale < math.inf:
+            raise ValueError(f"`training_scale` must be positive and finite, got {self.training_scale}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
+        AlignmentConfig(methods=list(self.methods or preset.methods))  # refuses unknown ones before anything is trained
         return RunSettings(
             task=self.task,
             controller=self.controller,
@@ -168,9 +172,11 @@ def train_sft(arguments: StageArguments, config: SFTConfig) -> None:
 
 def evaluate(arguments: EvaluateArguments) -> None:
     """Roll a controller out and print what it earned."""
-    task, pipeline = get_task(arguments.task), load_pipeline(arguments.pipeline)
-    if arguments.adapter is not None:
-        pipeline.load_lora_weights(arguments.adapter)
+    task = get_task(arguments.task)
+    _require_positive(arguments, "num_episodes", "num_candidates")
+    if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
+        raise ValueError(f"`output` {arguments.output} lies in a folder that does not exist.")
+    pipeline = _load(arguments.pipeline, arguments.adapter)
     result = evaluate_on_task(
         task,
         pipeline,
@@ -198,8 +204,9 @@ def _train_foundation(
         )
     else:
         pipeline = load_pipeline(arguments.pipeline)
+    resume = _prepare(output_dir / "pipeline", config)
     trainer = trainer_type(pipeline, config, train_dataset=episodes)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         with checkpoint.write_folder_atomically(output_dir / "pipeline", _facts(task.name, trainer)) as stage:
             pipeline.save_pretrained(stage)
@@ -210,20 +217,52 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
     from peft import LoraConfig
 
     task, output_dir = get_task(arguments.task), _output_dir(config)
-    pipeline = load_pipeline(arguments.pipeline)
-    if arguments.adapter is not None:
-        pipeline.load_lora_weights(arguments.adapter)
+    pipeline = _load(arguments.pipeline, arguments.adapter)
+    resume = _prepare(output_dir / "adapter", config)
     trainer = trainer_type(
         pipeline,
         config,
         train_dataset=task.make_dataset(config.seed),
         peft_config=LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_rank),
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(task.name, trainer)) as stage:
             pipeline.save_lora_weights(stage)
         _say(f"saved {output_dir / 'adapter'}")
+
+
+def _load(pipeline: str, adapter: str | None) -> Any:
+    """The pipeline, with the adapter if there is one, after both have been compared with their manifests."""
+    loaded = load_pipeline(pipeline)
+    if adapter is not None:
+        verify_if_possible(adapter)
+        loaded.load_lora_weights(adapter)
+    return loaded
+
+
+def _prepare(result: Path, config: Any) -> str | bool | None:
+    """Make sure, before anything is trained, that `result` can be written and replaces nothing but its own run.
+
+    Returns:
+        What to resume from: on the command line True is a word.
+    """
+    resume = config.resume_from_checkpoint
+    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
+    if resume is None and result.exists():
+        raise ValueError(
+            f"`output_dir` {result.parent} already holds {result.name}/: choose another folder, or continue that run "
+            "with `resume_from_checkpoint`."
+        )
+    result.parent.mkdir(parents=True, exist_ok=True)
+    return resume
+
+
+def _require_positive(arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _facts(task: str, trainer: DiffusionTrainer) -> dict[str, Any]:

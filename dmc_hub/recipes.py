@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from dmc_hub.hub import load_pipeline
 from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, get_task
-from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult
+from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
 from dmc_hub.trainers.denoising import DenoisingTrainer
 from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
 from dmc_hub.trainers.iql import IQLTrainer
@@ -70,18 +72,28 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
     Finished parts are found again in `output_dir`: an interrupted run continues.
 
     Raises:
-        ValueError: unknown task or controller, or `output_dir` holds a run with other settings.
+        ValueError: unknown task or controller, or `output_dir` holds a run with other settings, or one that another
+            process is at work on.
     """
-    start = time.perf_counter()
-    task, preset = get_task(settings.task), PRESETS[settings.task](settings.controller, settings.sampler)
+    refuse_several_processes("align")
+    preset = PRESETS[get_task(settings.task).name](settings.controller, settings.sampler)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(preset.num_threads)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _claim(output_dir, settings)
+    with _alone_in(output_dir):
+        _claim(output_dir, settings)
+        return _run(settings, preset, output_dir, command)
+
+
+def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) -> dict[str, Any]:
+    start, task = time.perf_counter(), get_task(settings.task)
     episodes = Episodes.from_dataset(task.make_dataset(settings.seed))
-    pipeline = _foundation(settings, preset, episodes, output_dir / "pipeline")
+    pipeline, seconds_before = _foundation(settings, preset, episodes, output_dir / "pipeline")
     before = _evaluations(settings, task, pipeline, "before")
-    stages = _align(settings, task, preset, pipeline, episodes, output_dir)
+    aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
+    _say(f"alignment: {settings.num_passes} × ({' → '.join(settings.methods)})")
+    stages = aligner.run()
+    seconds_before += sum(stage.wall_seconds for stage in stages[: aligner.num_resumed])
     after = _evaluations(settings, task, pipeline, "after")
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
@@ -91,7 +103,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
         base_fingerprint=pipeline.base_fingerprint(),
         command=command,
         machine=f"{os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}",
-        wall_seconds=time.perf_counter() - start,
+        wall_seconds=time.perf_counter() - start + seconds_before,
     )
     write_report(output_dir, report, paths_before=before[0].rollouts.paths(), paths_after=after[0].rollouts.paths())
     return report
@@ -128,12 +140,13 @@ def evaluate_on_task(
         vector_env.close()
 
 
-def _foundation(settings: RunSettings, preset: Preset, episodes: Episodes, folder: Path) -> Any:
-    """The trained pipeline, or the one an earlier run has left."""
+def _foundation(settings: RunSettings, preset: Preset, episodes: Episodes, folder: Path) -> tuple[Any, float]:
+    """The trained pipeline and 0, or the one an earlier process has left and the seconds that it took."""
     if folder.is_dir():
-        checkpoint.verify(folder)
+        manifest = checkpoint.verify(folder)
         _say(f"foundation and critic: found in {folder}")
-        return load_pipeline(folder)
+        return load_pipeline(folder), manifest.metadata.get("wall_seconds", 0.0)
+    start = time.perf_counter()
     pipeline = preset.build_pipeline(episodes, settings.seed)
     _say(f"foundation: {settings.controller} on {episodes.num_episodes} episodes")
     steps = settings.scaled(preset.foundation_config().max_steps)
@@ -148,14 +161,15 @@ def _foundation(settings: RunSettings, preset: Preset, episodes: Episodes, folde
     _say("critic: IQL")
     steps = settings.scaled(preset.critic_config().max_steps)
     IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
-    with checkpoint.write_folder_atomically(folder, _facts(settings)) as stage:
+    facts = {**_facts(settings), "wall_seconds": time.perf_counter() - start}
+    with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)
-    return pipeline
+    return pipeline, 0.0
 
 
-def _align(
+def _aligner(
     settings: RunSettings, task: Task, preset: Preset, pipeline: Any, episodes: Episodes, output_dir: Path
-) -> list[StageResult]:
+) -> SequentialAligner:
     def validate(controller: Any) -> dict[str, float]:
         result = evaluate_on_task(
             task,
@@ -172,12 +186,10 @@ def _align(
         _say(f"validation: return {result.statistics.mean:.2f} ± {result.statistics.std:.2f} with one candidate")
         return measured
 
-    _say(f"alignment: {settings.num_passes} × ({' → '.join(settings.methods)})")
-    configs = {
-        method: preset.stage_configs(max_steps=settings.scaled(config.max_steps))[method]
-        for method, config in preset.stage_configs().items()
-    }
-    aligner = SequentialAligner(
+    configs: dict[str, Any] = preset.stage_configs()
+    for method, config in configs.items():
+        configs[method] = dataclasses.replace(config, max_steps=settings.scaled(config.max_steps))
+    return SequentialAligner(
         pipeline,
         AlignmentConfig(
             output_dir=str(output_dir),
@@ -189,7 +201,6 @@ def _align(
         validate=validate,
         stage_configs=configs,
     )
-    return aligner.run()
 
 
 def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
@@ -245,7 +256,7 @@ def _report(
         "sampler": settings.sampler,
         "seed": settings.seed,
         "training_scale": settings.training_scale,
-        "methods": " → ".join(settings.methods) + f", up to {settings.num_passes} passes",
+        "methods": " → ".join(settings.methods) + f", {settings.num_passes} passes",
         "num_candidates": settings.num_candidates,
         "return_before": before[main].statistics.mean,
         "return_after": after[main].statistics.mean,
@@ -269,13 +280,36 @@ def _report(
     }
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Lock the folder; the system unlocks it when the process ends, however it ends."""
+    if os.name == "nt":  # which can neither open nor lock a folder
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"`output_dir` {folder} is in use by another process: wait for it, or stop it.") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _claim(output_dir: Path, settings: RunSettings) -> None:
     """Write down the settings of a new run, or compare with those of the run that is there."""
     path, ours = output_dir / "settings.json", json.loads(json.dumps(vars(settings)))
     if not path.is_file():
-        checkpoint.save_json(path, ours)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        checkpoint.save_json(temporary, ours)
+        os.replace(temporary, path)
         return
     theirs = checkpoint.load_json(path)
+    if not isinstance(theirs, dict):
+        raise ValueError(f"`{path}` does not hold the settings of a run: choose another folder.")
     changed = [f"{k} was {theirs.get(k)!r}, is now {v!r}" for k, v in ours.items() if theirs.get(k) != v]
     if changed:
         raise ValueError(

@@ -26,7 +26,7 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
         paths_after: the same after alignment.
     """
     main = report["evaluations"][report["main_evaluation"]]
-    stages = [{**row, "label": row["name"]} for row in report["stages"]]
+    stages = [{**row, "label": _label(row)} for row in report["stages"]]
     plots.plot_learning_curve(
         stages, folder / "learning_curve.png", baseline=report["return_data"], optimum=report["return_optimal"]
     )
@@ -60,6 +60,11 @@ def card_metadata(report: Mapping[str, Any]) -> str:
         ],
     )
     return data.to_yaml()
+
+
+def _label(stage: Mapping[str, Any]) -> str:
+    """In brackets on the learning curve: a stage that was rolled back, whose return is that of what was discarded."""
+    return f"({stage['name']})" if stage["decision"] == "rolled back" else str(stage["name"])
 
 
 def _render(template: str, values: Mapping[str, Any]) -> str:

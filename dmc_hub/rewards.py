@@ -47,10 +47,11 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
 
     Raises:
         ValueError: the wrong number of rewards, or NaN or infinite ones.
-        FloatingPointError: the actions to be rewarded are not finite: the controller has collapsed.
+        FloatingPointError: the samples to be rewarded are not finite: the controller has collapsed.
     """
-    if not torch.isfinite(actions).all():
-        raise FloatingPointError("The controller generates NaN or infinite actions: its weights have collapsed.")
+    for name, values in (("actions", actions), ("observations", observations)):
+        if not torch.isfinite(values).all():
+            raise FloatingPointError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
     returned = reward_function(observations, actions)
     if not isinstance(returned, Tensor):
         try:

@@ -534,7 +534,8 @@ def _noise_schedule(name: str, options: dict[str, float]) -> NoiseSchedule:
     known = {option.name for option in fields(cast(Any, SCHEDULES[name]))} - {"timestep_origin"}
     if not options.keys() <= known:
         raise ValueError(
-            f"`schedule_options` of {name!r} are {', '.join(sorted(known)) or 'none'}; got {sorted(options)}."
+            f"`schedule_options` of {name!r} are {', '.join(sorted(known)) or 'none'}; got "
+            f"{', '.join(sorted(options))}."
         )
     return SCHEDULES[name](**options)
 

@@ -549,7 +549,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     [
         ({"schedule": "sine"}, "`schedule` must be one of cosine, linear, variance_exploding, flow; got 'sine'"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, sample,"),
-        ({"kernel": "heun"}, "`kernel` must be one of ancestral, euler_maruyama; got 'heun'"),
+        ({"kernel": "heun"}, "`kernel` must be one of ancestral, euler_maruyama, dpm_solver_2m; got 'heun'"),
         ({"num_train_timesteps": 0}, "`num_train_timesteps` must be at least 1, got 0"),
         ({"eta": 1.5}, r"`eta` must lie in \[0, 1\] for the ancestral kernel"),
         ({"eta": -0.1, "kernel": "euler_maruyama"}, "`eta` must lie in"),

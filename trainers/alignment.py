@@ -23,7 +23,7 @@ from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer
-from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
+from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
 
 METHODS: dict[str, tuple[type[SamplingTrainer], type[SamplingConfig]]] = {
     "ddpo": (DDPOTrainer, DDPOConfig),
@@ -66,6 +66,11 @@ class AlignmentConfig:
             raise ValueError(f"`methods` must be a list of {', '.join(METHODS)}; got {self.methods}.")
         if self.num_passes < 1:
             raise ValueError(f"`num_passes` must be at least 1, got {self.num_passes}.")
+        for name in ("max_return_drop", "max_coherency_drop"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate_decay <= 1:
+            raise ValueError(f"`learning_rate_decay` must lie in (0, 1], got {self.learning_rate_decay}.")
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,10 @@ class StageResult:
 class SequentialAligner:
     """Runs passes of alignment methods one after the other on one LoRA (section 3.5 of arXiv:2502.12198).
 
-    After each stage the controller is validated. A stage whose loss became NaN, whose return fell or whose coherency
-    left its bound is rolled back to the best state; at the end the best state of all stages is restored. Finished
-    stages are written to `output_dir` one by one, each in one step; an interrupted run continues after the last.
+    After each stage the controller is validated. A stage whose loss became NaN, whose samples were all rejected, whose
+    return fell or whose coherency left its bound is rolled back to the best state; at the end the best state of all
+    stages is restored. Finished stages are written to `output_dir` one by one, each in one step; an interrupted run
+    continues after the last. It runs in one process.
 
     Args:
         pipeline: a foundation with a critic; after `run` it carries the adapter.
@@ -113,6 +119,7 @@ class SequentialAligner:
         peft_config: LoraConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        refuse_several_processes("SequentialAligner")
         self.pipeline = pipeline
         self.config = config
         self.train_dataset = Episodes.ensure(train_dataset)
@@ -125,6 +132,7 @@ class SequentialAligner:
         self.peft_config = peft_config or LoraConfig(r=16, lora_alpha=16)
         self.callbacks = callbacks
         self.results: list[StageResult] = []
+        self.num_resumed = 0  # how many of the results an earlier process left
         self._best: tuple[float, dict[str, Tensor]] = (float("-inf"), {})
 
     @property
@@ -151,7 +159,7 @@ class SequentialAligner:
             metrics = self._train(stage, method)
             measured = self._validated(start)
             reason = self._collapse(measured)
-        except FloatingPointError as error:  # NonFiniteLossError, or samples that are not finite
+        except (FloatingPointError, NoSamplesLeftError) as error:  # FloatingPointError: NaN in the loss or in samples
             reason, measured = str(error), {}
         if reason:
             self._set_adapter(self._best[1])
@@ -175,8 +183,17 @@ class SequentialAligner:
             callbacks=self.callbacks,
         )
         trainer.train()
+        self._check_samples(trainer)
         rows = [row for row in trainer.history if "train_runtime" not in row]
         return {name: float(value) for row in rows for name, value in row.items()}
+
+    def _check_samples(self, trainer: SamplingTrainer) -> None:
+        """Raise a FloatingPointError if the last update, whose gradient was finite, left a controller that is not."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            samples = self.pipeline.sample(trainer.conditions(64, generator), generator=generator)
+        if not torch.isfinite(samples).all():
+            raise FloatingPointError("The controller generates NaN or infinite actions: its weights have collapsed.")
 
     def _validated(self, start: float) -> dict[str, Any]:
         measured = self.validate(self.pipeline)
@@ -231,13 +248,27 @@ class SequentialAligner:
             folder = self._stage_folder(stage, name)
             if not folder.is_dir():
                 return
-            checkpoint.verify(folder)
+            self._check_stage(folder)
             result = StageResult(**checkpoint.load_json(folder / "stage.json"))
             if stage:
                 self._load_adapter(folder)
             if result.decision != "rolled back" and result.return_mean > self._best[0]:
                 self._best = (result.return_mean, self._adapter())
             self.results.append(result)
+            self.num_resumed = len(self.results)
+
+    def _check_stage(self, folder: Path) -> None:
+        try:
+            seed = checkpoint.verify(folder).metadata.get("seed")
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(
+                f"{error} To run this stage and those after it again, delete their folders in `{folder.parent}`."
+            ) from error
+        if seed != self.config.seed:
+            raise ValueError(
+                f"`output_dir` {self.config.output_dir!r} holds a run with seed {seed}, not {self.config.seed}: choose "
+                "another folder."
+            )
 
     def _stage_folder(self, stage: int, name: str) -> Path:
         return Path(str(self.config.output_dir)) / "stages" / f"{stage:02d}-{name}"
@@ -253,3 +284,13 @@ class SequentialAligner:
     def _set_adapter(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             set_peft_model_state_dict(self.pipeline.denoiser, state)
+
+
+def refuse_several_processes(name: str) -> None:
+    """Raise a ValueError where a launcher started more than one process, which would all write the same files."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ValueError(
+            f"`{name}` runs in one process, not {world_size}: start it without a launcher. The single methods "
+            "(`dmc-hub train-ddpo` and its kin) take several."
+        )

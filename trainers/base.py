@@ -3,36 +3,29 @@
 An algorithm's file adds a config, `make_batch` and `compute_loss`; this file holds everything else that
 differs from the stock trainer: batches and noise that are a function of (seed, rank, step), checkpoints that
 diffusers and peft can read and that are verified before they are loaded, a finite check before each optimizer
-step, EMA, and progress.
+step, and EMA. What overrides nothing is in loop.py.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import json
 import math
-import signal
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
@@ -40,6 +33,16 @@ from transformers.trainer_utils import TrainOutput
 from dmc_hub import checkpoint
 from dmc_hub.checkpoint import CheckpointError
 from dmc_hub.control_pipeline import ADAPTER_WEIGHTS, PEFT_PREFIX
+from dmc_hub.trainers.loop import (
+    MicroSteps,
+    ProgressBar,
+    StepEnd,
+    adapter_to_train,
+    freeze_all_but,
+    hash_seed,
+    leave_process_group_at_exit,
+    stop_signals,
+)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -134,21 +137,21 @@ class DiffusionTrainer(Trainer, ABC):
     ) -> None:
         self.pipeline = pipeline
         self.reward_function: Any = reward_function
-        if peft_config is not None and _adapter_name(pipeline.denoiser) is None:
+        if peft_config is not None and adapter_to_train(pipeline.denoiser) is None:
             pipeline.add_lora(peft_config, seed=args.seed)
-        self._trainable = _freeze_all_but(pipeline, self.trainable_parameters, args.device)
+        self._trainable = freeze_all_but(pipeline, self.trainable_parameters, args.device)
         super().__init__(
             model=self.trainable_module(),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_LoopCallback(self), *callbacks],
+            callbacks=[StepEnd(self._after_step), *callbacks],
         )
         # Without DDP, which syncs only what passes through its own forward: `_average_over_processes` syncs
         # any loss, be it of several forwards or of none through `model`.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         if args.world_size > 1:
-            _leave_process_group_at_exit()
+            leave_process_group_at_exit()
         self.remove_callback(PrinterCallback)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         self._progress = ProgressBar()
@@ -195,7 +198,7 @@ class DiffusionTrainer(Trainer, ABC):
         """The parameters that are trained: those of the adapter if the module has one, else all of the
         module."""
         module: Any = self.trainable_module()
-        adapter = _adapter_name(module)
+        adapter = adapter_to_train(module)
         if adapter is None:
             return list(module.parameters())
         module.set_adapter(adapter)  # sets requires_grad on this adapter's parameters only
@@ -258,13 +261,13 @@ class DiffusionTrainer(Trainer, ABC):
             KeyboardInterrupt: after an interrupted run has stopped.
         """
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
-        set_seed(_hash_seed("global", self.args.seed, self.args.process_index) % 2**32)
+        set_seed(hash_seed("global", self.args.seed, self.args.process_index) % 2**32)
         self.optimizer = None
         self._metrics, self._ema = {}, None
         self._window_loss.zero_()
         self._stop_requested = self._stop_agreed = False
         try:
-            with _stop_signals(self._request_stop), self._gradient_checkpointing():
+            with stop_signals(self._request_stop), self._gradient_checkpointing():
                 output = super().train(None if resume is None else str(resume))
         finally:
             self._progress.close()
@@ -288,9 +291,9 @@ class DiffusionTrainer(Trainer, ABC):
         if len(set(digests)) > 1:
             raise RuntimeError(f"After step {self.state.global_step} the weights of the processes differ: {digests}.")
 
-    def get_train_dataloader(self) -> _MicroSteps:
+    def get_train_dataloader(self) -> MicroSteps:
         """The numbers of the remaining micro-steps; `_prepare_inputs` turns each into its batch."""
-        return _MicroSteps(self)
+        return MicroSteps(self)
 
     def num_examples(self, dataloader: Any) -> int:
         return self.args.max_steps * self.get_total_train_batch_size(self.args)
@@ -392,7 +395,7 @@ class DiffusionTrainer(Trainer, ABC):
             self.args.activation_checkpointing = wanted
 
     def _seeded(self, purpose: str, micro_step: int) -> torch.Generator:
-        seed = _hash_seed(purpose, self.args.seed, self.args.process_index, micro_step)
+        seed = hash_seed(purpose, self.args.seed, self.args.process_index, micro_step)
         return torch.Generator().manual_seed(seed)
 
     # ---- Logging and evaluation ----------------------------------------------------------------------------
@@ -530,7 +533,7 @@ class DiffusionTrainer(Trainer, ABC):
         # The states of optimizer and schedule bring their old values back: a new one would be ignored.
         for name in ("optim", "learning_rate", "weight_decay", "lr_scheduler_type"):
             exact[name] = getattr(self.args, name)
-        if _adapter_name(self.model) is not None:
+        if adapter_to_train(self.model) is not None:
             exact["base_fingerprint"] = self.pipeline.base_fingerprint()
         others = ["seed", "gradient_accumulation_steps", "per_device_train_batch_size"]
         if self.args.lr_scheduler_type != "constant":
@@ -551,7 +554,7 @@ class DiffusionTrainer(Trainer, ABC):
         if not self.is_world_process_zero():
             return
         folder = Path(output_dir or self.args.output_dir or "")
-        adapter = _adapter_name(self.model)
+        adapter = adapter_to_train(self.model)
         if adapter is None:
             self.model.save_pretrained(folder / self._component_name())
         else:  # `save_pretrained` of a model with a LoRA attached would write a file that cannot be loaded
@@ -618,7 +621,7 @@ class DiffusionTrainer(Trainer, ABC):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Copy the weights in, after all names and shapes have been compared."""
         folder = Path(resume_from_checkpoint)
-        adapter = _adapter_name(self.model)
+        adapter = adapter_to_train(self.model)
         if adapter is None:
             expected = self.model.state_dict()
             files = sorted((folder / self._component_name()).glob("*.safetensors"))
@@ -665,121 +668,3 @@ class DiffusionTrainer(Trainer, ABC):
         checkpoint.verify(folder)
         self._load_from_checkpoint(str(folder))
         self._load_ema(folder)
-
-
-# ---- Parts -------------------------------------------------------------------------------------------------
-
-
-class _MicroSteps:
-    """Stands where the stock trainer has its dataloader: yields the number of each micro-step from the
-    current one on.
-
-    The numbering is global_step * gradient_accumulation_steps + position, so a resumed run goes on where it
-    stopped.
-    """
-
-    def __init__(self, trainer: DiffusionTrainer) -> None:
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        return self.trainer.args.max_steps * self.trainer.args.gradient_accumulation_steps
-
-    def __iter__(self) -> Iterator[dict[str, int]]:
-        start = self.trainer.state.global_step * self.trainer.args.gradient_accumulation_steps
-        return ({"micro_step": number} for number in range(start, len(self)))
-
-
-class _LoopCallback(TrainerCallback):
-    """Runs the trainer's own work at the end of each step, before a checkpoint may be written."""
-
-    def __init__(self, trainer: DiffusionTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer._after_step(control)
-
-
-class ProgressBar(TrainerCallback):
-    """One bar of steps on stderr, with the latest metrics behind it."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm[Any] | None = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
-        if self.bar is not None and "train_runtime" not in logs:
-            self.bar.set_postfix({key: f"{value:.3g}" for key, value in logs.items() if key != "learning_rate"})
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-def _hash_seed(*key: str | int) -> int:
-    """A 63-bit seed that is the same on every machine and in every version of Python."""
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _adapter_name(module: nn.Module) -> str | None:
-    """The adapter to train: "default", or the only one; None without adapters."""
-    if not isinstance(module, PeftAdapterMixin) or not module._hf_peft_config_loaded:
-        return None
-    names = list(module.peft_config)
-    if "default" in names:
-        return "default"
-    if len(names) > 1:
-        raise ValueError(f"The model has the adapters {names}: name the one to train 'default', or delete the others.")
-    return names[0] if names else None
-
-
-def _freeze_all_but(
-    pipeline: Any, trainable_parameters: Callable[[], list[nn.Parameter]], device: torch.device
-) -> list[nn.Parameter]:
-    """Move the pipeline's components to `device`, in eval mode and without gradients but for the parameters
-    given."""
-    for component in pipeline.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval().to(device)
-    trainable = trainable_parameters()
-    if not trainable:
-        raise ValueError("The pipeline has no parameter to train.")
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    return trainable
-
-
-@cache
-def _leave_process_group_at_exit() -> None:
-    """gloo's threads may release tensors when Python is already gone, which aborts a finished process."""
-    if torch.distributed.get_backend() == "gloo":
-        atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
-
-
-@contextmanager
-def _stop_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Turn the first Ctrl-C and every SIGTERM into `request_stop`; a second Ctrl-C interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request_stop()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

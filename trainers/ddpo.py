@@ -58,6 +58,7 @@ class DDPOConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("num_train_denoising_steps", "last_k_steps", "batches_per_rollout", "epochs_per_rollout")
+        self.require_not_negative("clip_range", "kl_coefficient")
         if self.group_size < 2 or self.per_device_train_batch_size % self.group_size:
             raise ValueError(
                 f"`group_size` must be at least 2 and divide `per_device_train_batch_size` "
@@ -81,6 +82,7 @@ class DDPOTrainer(SamplingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.warn_without_reference("kl_coefficient")
         self._reward_moments = torch.zeros(2, dtype=torch.float64)  # sum of squared centred rewards, their number
 
     @property
@@ -127,6 +129,8 @@ class DDPOTrainer(SamplingTrainer):
         if self.args.advantage_scale != "running":
             return group_advantages(rewards, self.args.group_size, scale=self.args.advantage_scale)
         centred = group_advantages(rewards, self.args.group_size, scale="none")
+        rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs()  # equal rewards differ from their mean by this
+        centred = torch.where(centred.abs() > rounding, centred, 0)
         moments = torch.stack([centred.double().pow(2).sum(), torch.tensor(float(len(rewards)), dtype=torch.float64)])
         self._reward_moments = self._reward_moments + self.accelerator.reduce(moments.to(self.args.device)).cpu()
         std = (self._reward_moments[0] / self._reward_moments[1]).sqrt()
@@ -139,6 +143,7 @@ class DDPOTrainer(SamplingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        model.eval()  # with dropout, two evaluations of one policy would differ
         credits = self._credits(inputs["stds"])
         losses = [credits[step] * self._step_loss(inputs, step) for step in inputs["steps"].tolist()]
         return torch.stack(losses).mean()

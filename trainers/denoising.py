@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmc_hub.data import Episodes
 from dmc_hub.losses import denoising_loss
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
+from dmc_hub.trainers.loop import episodes_that_fit
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class DenoisingTrainer(DiffusionTrainer):
     args: DenoisingConfig
 
     def __init__(self, pipeline: Any, args: DenoisingConfig, *, train_dataset: Any, **kwargs: Any) -> None:
-        super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
+        super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
 
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:

@@ -56,6 +56,10 @@ class DiffusionDPOTrainer(SamplingTrainer):
 
     args: DiffusionDPOConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.require_reference()
+
     @property
     def micro_steps_per_buffer(self) -> int:
         return self.args.steps_per_buffer

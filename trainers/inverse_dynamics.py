@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmc_hub.data import Episodes
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
+from dmc_hub.trainers.loop import episodes_that_fit
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class InverseDynamicsTrainer(DiffusionTrainer):
     def __init__(self, pipeline: Any, args: InverseDynamicsConfig, *, train_dataset: Any, **kwargs: Any) -> None:
         if pipeline.inverse_dynamics is None:
             raise ValueError("`pipeline` has no inverse dynamics to train: give it an InverseDynamics.")
-        super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
+        super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
 
     def trainable_module(self) -> nn.Module:
         return self.pipeline.inverse_dynamics

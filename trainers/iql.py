@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmc_hub.data import Episodes
 from dmc_hub.losses import expectile_loss
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
+from dmc_hub.trainers.loop import episodes_that_fit
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ class IQLTrainer(DiffusionTrainer):
     def __init__(self, pipeline: Any, args: IQLConfig, *, train_dataset: Any, **kwargs: Any) -> None:
         if pipeline.critic is None:
             raise ValueError("`pipeline` has no critic to train: give it a TwinQCritic.")
-        super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
+        super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.target = copy.deepcopy(pipeline.critic).requires_grad_(False)
 
     def trainable_module(self) -> nn.Module:
@@ -82,6 +82,14 @@ class IQLTrainer(DiffusionTrainer):
         self.log_metric("q_loss", q_loss)
         self.log_metric("q", q_1)
         return (value_loss + q_loss) / critic.config.value_scale**2
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The target starts as the main process's critic, as the critics of the other processes have just become."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.args.world_size > 1:
+            for tensor in self.target.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+        return prepared
 
     def after_optimizer_step(self) -> None:
         """Move the target a share `polyak` towards the critic."""

@@ -33,6 +33,7 @@ class RewardGradientConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("last_k_steps")
+        self.require_not_negative("reference_coefficient")
 
 
 class RewardGradientTrainer(SamplingTrainer):
@@ -43,6 +44,10 @@ class RewardGradientTrainer(SamplingTrainer):
     """
 
     args: RewardGradientConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.warn_without_reference("reference_coefficient")
 
     @property
     def micro_steps_per_buffer(self) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from dmc_hub.data import Episodes
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
+from dmc_hub.trainers.loop import episodes_that_fit
 
 
 @dataclass(kw_only=True)
@@ -27,6 +28,9 @@ class SamplingConfig(DiffusionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("per_device_train_batch_size", "num_inference_steps")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ValueError(f"`{name}` must be one of {', '.join(get_args(hint))}; got {getattr(self, name)!r}.")
 
     def require_positive(self, *names: str) -> None:
         """Raise a ValueError for each named setting that is neither None nor at least 1."""
@@ -34,6 +38,12 @@ class SamplingConfig(DiffusionConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+    def require_not_negative(self, *names: str) -> None:
+        """Raise a ValueError for each named setting that is below 0 or NaN."""
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
 
 class SamplingTrainer(DiffusionTrainer):
@@ -58,7 +68,9 @@ class SamplingTrainer(DiffusionTrainer):
         reward_function: RewardFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(pipeline, args, train_dataset=Episodes.ensure(train_dataset), **kwargs)
+        if reward_function is not None and not callable(reward_function):
+            raise ValueError(f"`reward_function` must be callable, got {type(reward_function).__name__}.")
+        super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
         self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
         self._buffer: dict[str, Tensor] = {}
@@ -80,8 +92,11 @@ class SamplingTrainer(DiffusionTrainer):
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         position = self.micro_step % self.micro_steps_per_buffer
         if position == 0 or not self._buffer:
+            was_training = self.model.training
+            self.model.eval()  # dropout is no part of the controller that acts
             with torch.no_grad():
                 self._buffer = self.collect(generator)
+            self.model.train(was_training)
         return self.draw(self._buffer, position, self.generator("draw"))
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -89,6 +104,12 @@ class SamplingTrainer(DiffusionTrainer):
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self._buffer = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+
+    def _run_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A buffer that was filled under other settings of the algorithm means nothing under these."""
+        exact, others = super()._run_facts()
+        own = {option.name for option in fields(self.args)} - {option.name for option in fields(DiffusionConfig)}
+        return {**exact, **{name: getattr(self.args, name) for name in sorted(own)}}, others
 
     # What subclasses use
 
@@ -100,6 +121,22 @@ class SamplingTrainer(DiffusionTrainer):
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of normalised samples."""
         return call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+
+    def require_reference(self) -> None:
+        """Raise a ValueError if the controller has no adapter whose switched-off state is the foundation."""
+        if not self.pipeline.lora_names:
+            raise ValueError(
+                f"`{type(self).__name__}` compares with the foundation: pass `peft_config`, say LoraConfig()."
+            )
+
+    def warn_without_reference(self, name: str) -> None:
+        """Warn if the setting `name` asks for a reference and there is none."""
+        if getattr(self.args, name) > 0 and not self.pipeline.lora_names:
+            warnings.warn(
+                f"`{name}` is ignored: without a LoRA adapter there is no foundation to stay near. Pass `peft_config`, "
+                f"or set `{name}` to 0.",
+                stacklevel=3,
+            )
 
     def reference_if(self, wanted: bool) -> AbstractContextManager[None]:
         """Inside the block the controller is the foundation if `wanted`."""

@@ -48,6 +48,10 @@ class SFTConfig(SamplingConfig):
             raise ValueError(f"`likelihood_quantile` must lie in (0, 1], got {self.likelihood_quantile}.")
 
 
+class NoSamplesLeftError(ValueError):
+    """Every sample was rejected: there is nothing to train on."""
+
+
 class SFTTrainer(SamplingTrainer):
     """Iterated best-of-n distillation (section 3.3 of arXiv:2502.12198).
 
@@ -57,6 +61,10 @@ class SFTTrainer(SamplingTrainer):
     """
 
     args: SFTConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.require_reference()
 
     @property
     def micro_steps_per_buffer(self) -> int:
@@ -82,7 +90,7 @@ class SFTTrainer(SamplingTrainer):
         size = self.args.per_device_train_batch_size
         accepted = buffer["accepted"].nonzero().flatten()
         if not len(accepted):
-            raise ValueError(
+            raise NoSamplesLeftError(
                 "All samples fall below the foundation's likelihood threshold: raise `likelihood_quantile` or sample "
                 "from the foundation with `sample_from_reference=True`."
             )
