@@ -103,6 +103,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "roll a controller out: return, share of the optimum, coherency, diversity",
             "dmc-hub evaluate --task nav1d-full --pipeline runs/nav1d-full/pipeline --adapter runs/nav1d-full/adapter",
         ),
+        "reproduce-nav1d": Command(
+            "dmc_hub.commands:reproduce_nav1d",
+            "the Nav1D rows of the paper's tables, cell by cell",
+            "dmc-hub reproduce-nav1d --output-dir runs/nav1d-table --quick",
+        ),
         "tasks": Command(
             "dmc_hub.cli:list_tasks",
             "list the known tasks",

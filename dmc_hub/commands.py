@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dmc_hub import checkpoint
+from dmc_hub import checkpoint, reproduction
 from dmc_hub.data import Episodes
 from dmc_hub.hub import load_pipeline, verify_if_possible
-from dmc_hub.presets import PRESETS
+from dmc_hub.presets import PRESETS, SAMPLERS
 from dmc_hub.recipes import EVALUATION_SEED, RunSettings, align_task, evaluate_on_task
 from dmc_hub.tasks import get_task
 from dmc_hub.trainers.alignment import METHODS, AlignmentConfig
@@ -60,13 +60,16 @@ class AlignArguments:
             raise ValueError(f"`training_scale` must be positive and finite, got {self.training_scale}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
-        AlignmentConfig(methods=list(self.methods or preset.methods))  # refuses unknown ones before anything is trained
+        methods = tuple(self.methods or preset.methods)
+        AlignmentConfig(methods=list(methods))  # refuses unknown ones before anything is trained
+        if "ddpo" in methods and SAMPLERS[self.sampler][0]["eta"] == 0:
+            raise ValueError(f"`methods` has ddpo, which needs noise in each step: `sampler` {self.sampler!r} adds none.")
         return RunSettings(
             task=self.task,
             controller=self.controller,
             sampler=self.sampler,
             seed=self.seed,
-            methods=tuple(self.methods or preset.methods),
+            methods=methods,
             num_passes=self.num_passes,
             num_candidates=self.num_candidates or preset.num_candidates,
             num_validation_episodes=self.num_validation_episodes,
@@ -118,6 +121,16 @@ class EvaluateArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
 
 
+@dataclass(kw_only=True)
+class ReproduceNav1DArguments:
+    """Arguments of `dmc-hub reproduce-nav1d`."""
+
+    output_dir: str = field(metadata={"help": "Folder of the runs and the table; finished runs are found again."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds."})
+    num_episodes: int = field(default=64, metadata={"help": "Evaluation episodes of each run."})
+    quick: bool = field(default=False, metadata={"help": "A fiftieth of the training, one seed: to see it work."})
+
+
 def align(arguments: AlignArguments) -> None:
     """Data, foundation, critic, alignment, evaluation, report."""
     settings = arguments.settings()
@@ -125,6 +138,21 @@ def align(arguments: AlignArguments) -> None:
     print(
         f"{report['task']} {report['controller']}: return {report['return_before']:.2f} ± {report['std_before']:.2f} → "
         f"{report['return_after']:.2f} ± {report['std_after']:.2f}; see {Path(arguments.output_dir) / 'report.md'}"
+    )
+
+
+def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
+    """Run the Nav1D rows of the paper's tables."""
+    _require_positive(arguments, "num_episodes")
+    rows = reproduction.reproduce_nav1d(
+        Path(arguments.output_dir),
+        seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
+        training_scale=0.02 if arguments.quick else 1.0,
+        num_episodes=arguments.num_episodes,
+    )
+    reached = sum(row["return_after"] >= row["paper_after"] for row in rows)
+    print(
+        f"{reached} of {len(rows)} cells at the paper's figure or above; see {Path(arguments.output_dir) / 'table.md'}"
     )
 
 

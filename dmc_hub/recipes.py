@@ -256,7 +256,7 @@ def _report(
         "sampler": settings.sampler,
         "seed": settings.seed,
         "training_scale": settings.training_scale,
-        "methods": " → ".join(settings.methods) + f", {settings.num_passes} passes",
+        "methods": f"{settings.num_passes} × ({' → '.join(settings.methods)})",
         "num_candidates": settings.num_candidates,
         "return_before": before[main].statistics.mean,
         "return_after": after[main].statistics.mean,

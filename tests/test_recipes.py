@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from dmc_hub.cli import main
 from dmc_hub.hub import load_pipeline
+from dmc_hub.recipes import _alone_in
+from dmc_hub.report import _label
 from dmc_hub.tasks import get_task
 
 SMALL = ["--training-scale", "0.01", "--num-passes", "1", "--num-evaluation-episodes", "8"]
@@ -74,6 +77,8 @@ def test_repeating_a_finished_run_finds_its_parts_and_the_same_figures(run: Path
     after: dict[str, Any] = json.loads((run / "report.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert after["return_after"] == before["return_after"]
+    trained = sum(row["wall_seconds"] for row in before["stages"])
+    assert after["wall_seconds"] > trained  # what an earlier process did counts
     assert after["evaluations"] == before["evaluations"]
 
 
@@ -83,8 +88,6 @@ def test_other_settings_in_the_same_folder_are_refused(run: Path, capsys: pytest
 
 
 def test_a_damaged_foundation_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     weights = next((copy / "pipeline" / "denoiser").glob("*.safetensors"))
@@ -114,6 +117,99 @@ def test_an_unknown_task_is_answered_with_the_list(tmp_path: Path, capsys: pytes
     assert "`task` 'nav2d' is unknown; known tasks: nav1d-full, nav1d-partial, nav1d-expert" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown"):
         get_task("nav2d")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--methods", "ppo", "`methods` must be a list of ddpo, reward_gradient, dpo, sft; got ['ppo']"),
+        ("--methods=ddpo", "--sampler=ddim", "`methods` has ddpo, which needs noise in each step: `sampler` 'ddim' adds"),
+        ("--num-candidates", "0", "`num_candidates` must be at least 1, got 0"),
+        ("--num-passes", "-1", "`num_passes` must be at least 1, got -1"),
+        ("--training-scale", "nan", "`training_scale` must be positive and finite, got nan"),
+        ("--training-scale", "inf", "`training_scale` must be positive and finite, got inf"),
+        ("--seed", "-1", "`seed` must not be negative, got -1"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_trained(
+    option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert align("policy", tmp_path / "run", option, value) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_for_one_run_of_one_process_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _alone_in(tmp_path):
+        assert align("policy", tmp_path) == 2
+    assert f"`output_dir` {tmp_path} is in use by another process" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert align("policy", tmp_path) == 2
+    assert "`align` runs in one process, not 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "settings.json").write_text("[]")
+    assert align("policy", tmp_path) == 2
+    assert "does not hold the settings of a run" in capsys.readouterr().err
+
+
+def test_one_stage_replaces_nothing_and_continues_when_it_is_told_to(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-ddpo", "--task", "nav1d-full", "--pipeline", str(run / "pipeline"), "--disable-tqdm", "true"]
+    command += ["--per-device-train-batch-size", "16", "--lr-scheduler-type", "constant"]
+    before = (run / "adapter" / "manifest.json").read_bytes()
+    assert main([*command, "--output-dir", str(run), "--max-steps", "1"]) == 2
+    assert "already holds adapter/: choose another folder" in capsys.readouterr().err
+    assert (run / "adapter" / "manifest.json").read_bytes() == before
+    saving = ["--output-dir", str(tmp_path), "--save-strategy", "steps", "--save-steps", "1"]
+    assert main([*command, *saving, "--max-steps", "1"]) == 0
+    assert main([*command, *saving, "--max-steps", "2", "--resume-from-checkpoint", "true"]) == 0
+    assert json.loads((tmp_path / "adapter" / "manifest.json").read_text())["metadata"]["step"] == 2
+
+
+@pytest.mark.parametrize("part", ["pipeline/denoiser/diffusion_pytorch_model", "adapter/adapter_model"])
+def test_changed_weights_are_not_evaluated(
+    part: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of one weight: safetensors loads it without a word."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / f"{part}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 64
+    path.write_bytes(content)
+    folders = ["--pipeline", str(copy / "pipeline"), "--adapter", str(copy / "adapter")]
+    assert main(["evaluate", "--task", "nav1d-full", "--num-episodes", "1", *folders]) == 2
+    assert f"`{path}` was changed" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_what_it_could_not_write_or_measure(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--task", "nav1d-full", "--pipeline", str(run / "pipeline")]
+    assert main([*command, "--num-episodes", "0"]) == 2
+    assert "`num_episodes` must be at least 1, got 0" in capsys.readouterr().err
+    assert main([*command, "--output", str(tmp_path / "none" / "result.json")]) == 2
+    assert "lies in a folder that does not exist" in capsys.readouterr().err
+
+
+def test_a_pipeline_is_loaded_in_silence_or_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_pipeline(run / "pipeline")
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["remote", "DiffuserPlannerPipeline"]}')
+    with pytest.raises(ValueError, match=r"holds a \['remote', 'DiffuserPlannerPipeline'\], not one of"):
+        load_pipeline(tmp_path)
+
+
+def test_the_learning_curve_marks_what_was_rolled_back() -> None:
+    rows = [{"name": "dpo", "decision": decision} for decision in ("kept", "rolled back")]
+    assert [_label(row) for row in rows] == ["dpo", "(dpo)"]
 
 
 def test_a_script_runs_on_two_processes_that_agree(run: Path, tmp_path: Path) -> None:

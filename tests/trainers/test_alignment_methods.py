@@ -13,9 +13,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from dmc_hub.data import Episodes
+from dmc_hub.presets import nav1d
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
@@ -236,3 +238,29 @@ def test_sft_refuses_samples_the_foundation_finds_unlikely(make_pipeline: MakePi
     real = trainer._reference_errors(data, condition, generator)
     far = trainer._reference_errors(data + 4.0, condition, generator)
     assert far.min() > real.max()
+
+
+def test_inverse_dynamics_recover_the_action_from_two_observations(episodes: Episodes) -> None:
+    """Inside the walls Nav1D moves by half the action, so the action is twice the change of the position."""
+    preset_pipeline = nav1d("decision_diffuser").build_pipeline(episodes, 0)
+    config = InverseDynamicsConfig(**QUIET, max_steps=800, per_device_train_batch_size=128, learning_rate=3e-3)
+    InverseDynamicsTrainer(preset_pipeline, config, train_dataset=episodes).train()
+    batch = episodes.transitions(torch.arange(400))
+    normalizer = preset_pipeline.normalizer
+    with torch.no_grad():
+        predicted = normalizer.unnormalize_actions(
+            preset_pipeline.inverse_dynamics(
+                normalizer.normalize_observations(batch["observations"]),
+                normalizer.normalize_observations(batch["next_observations"]),
+            )
+        )
+    inside = batch["next_observations"][:, 0].abs() < 1
+    assert (predicted - batch["actions"])[inside].abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "sm", "fm"])
+def test_the_first_ratio_is_one_for_every_stochastic_sampler(sampler: str, episodes: Episodes) -> None:
+    pipeline = nav1d("policy", sampler).build_pipeline(episodes, 0)
+    trainer = make_trainer("ddpo", pipeline, episodes, max_steps=1, batches_per_rollout=1, epochs_per_rollout=1)
+    trainer.train()
+    assert trainer.history[0]["ratio"] == 1.0
