@@ -131,14 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # whose message is written for the user; CheckpointError is a ValueError
+    except (ValueError, OSError, FloatingPointError) as error:  # their messages are written for the user
         if options.debug:
             raise
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

@@ -63,7 +63,9 @@ class AlignArguments:
         methods = tuple(self.methods or preset.methods)
         AlignmentConfig(methods=list(methods))  # refuses unknown ones before anything is trained
         if "ddpo" in methods and SAMPLERS[self.sampler][0]["eta"] == 0:
-            raise ValueError(f"`methods` has ddpo, which needs noise in each step: `sampler` {self.sampler!r} adds none.")
+            raise ValueError(
+                f"`methods` has ddpo, which needs noise in each step: `sampler` {self.sampler!r} adds none."
+            )
         return RunSettings(
             task=self.task,
             controller=self.controller,

@@ -104,12 +104,14 @@ class ControlPipeline(DiffusionPipeline):
             self.denoiser.enable_adapters()
 
     def base_fingerprint(self) -> str:
-        """SHA-256 over what an adapter depends on: the denoiser's base weights, the scheduler and the normaliser."""
+        """SHA-256 over what an adapter depends on: base weights, scheduler, normaliser, inverse dynamics."""
         digest = hashlib.sha256()
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         digest.update(json.dumps(schedule, sort_keys=True).encode())
         base = {n.replace(".base_layer.", "."): p for n, p in self.denoiser.state_dict().items() if ".lora_" not in n}
-        for weights in (base, self.normalizer.state_dict()):
+        model = self.components.get("inverse_dynamics")
+        acting = {} if model is None else model.state_dict()
+        for weights in (base, self.normalizer.state_dict(), acting):
             for name in sorted(weights):
                 tensor = weights[name].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

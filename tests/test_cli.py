@@ -298,3 +298,14 @@ def test_a_config_of_transformers_can_be_parsed(tmp_path: Path) -> None:
     assert (arguments.report_to, arguments.logging_steps, arguments.max_grad_norm) == ([], 0.5, 0.1)
     assert arguments.eval_strategy == "no"
     assert arguments.label_names == ["a", "b"]
+
+
+def test_a_collapsed_training_is_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapse(*_: Any) -> None:
+        raise FloatingPointError("Step 3: the loss is nan.")
+
+    monkeypatch.setattr(cli, "run_command", collapse)
+    assert cli.main(["train-ddpo"]) == 1
+    assert capsys.readouterr().err == "dmc-hub: error: Step 3: the loss is nan.\n"

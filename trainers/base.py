@@ -273,6 +273,7 @@ class DiffusionTrainer(Trainer, ABC):
             self._progress.close()
             self.is_in_train = False
             self.model.eval()
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # out of training's autocast
         if self._ema is not None:
             self._ema.copy_to(self._trainable)
         self._check_processes_agree()

@@ -295,3 +295,17 @@ def two_process_scenario(folder: Path) -> None:
 
 if __name__ == "__main__":
     two_process_scenario(Path(sys.argv[1]))
+
+
+def test_after_training_in_bfloat16_the_pipeline_is_out_of_autocast(
+    make_pipeline: Callable[..., Any], episodes: Episodes
+) -> None:
+    pipeline = make_pipeline("planner")
+    observations = episodes.observations[:8]
+    before = pipeline(observations, generator=0).candidates
+    config = RewardGradientConfig(
+        output_dir=None, disable_tqdm=True, use_cpu=True, bf16=True, max_steps=2, per_device_train_batch_size=8
+    )
+    RewardGradientTrainer(pipeline, config, train_dataset=episodes, peft_config=LoraConfig(r=4)).train()
+    with pipeline.lora_disabled():
+        np.testing.assert_array_equal(pipeline(observations, generator=0).candidates, before)
