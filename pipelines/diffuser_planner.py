@@ -353,6 +353,9 @@ class DiffuserPlannerPipeline(ControlPipeline):
         return torch.cat([latents[:, 1:], latents[:, -1:]], dim=1).repeat_interleave(num_candidates, dim=0)
 
 
+# What follows stands in both pipelines' files, because each travels to the Hub alone.
+
+
 def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor) -> Tensor:
     """The network's input; diffusers' flow schedulers scale nothing and have no such method."""
     scale = getattr(scheduler, "scale_model_input", None)

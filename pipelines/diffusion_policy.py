@@ -223,6 +223,9 @@ class DiffusionPolicyPipeline(ControlPipeline):
         return self.critic(observations, self.normalizer.normalize_actions(actions))
 
 
+# What follows stands in both pipelines' files, because each travels to the Hub alone.
+
+
 def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor) -> Tensor:
     """The network's input; diffusers' flow schedulers scale nothing and have no such method."""
     scale = getattr(scheduler, "scale_model_input", None)
