@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ class DiffusionConfig(TrainingArguments):
         super().__post_init__()
         if without_output:
             self.output_dir = None
+        _check_trackers(self.report_to)
         self._n_gpu = min(self._n_gpu, 1)  # one process per device: nn.DataParallel never
         # The stock data path and its filter that logs NaN as 0.0 are not used.
         self.remove_unused_columns, self.ignore_data_skip, self.logging_nan_inf_filter = False, True, False
@@ -102,6 +104,14 @@ class DiffusionConfig(TrainingArguments):
     def should_save(self) -> bool:
         """Whether this process writes checkpoints."""
         return self.output_dir is not None and super().should_save
+
+
+def _check_trackers(names: Any) -> None:
+    missing = [name for name in names if name in ("trackio", "tensorboard") and find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f'`report_to` names {", ".join(missing)}, which is not installed: `pip install "dmc_hub[trackers]"`.'
+        )
 
 
 class DiffusionTrainer(Trainer, ABC):

@@ -309,3 +309,10 @@ def test_after_training_in_bfloat16_the_pipeline_is_out_of_autocast(
     RewardGradientTrainer(pipeline, config, train_dataset=episodes, peft_config=LoraConfig(r=4)).train()
     with pipeline.lora_disabled():
         np.testing.assert_array_equal(pipeline(observations, generator=0).candidates, before)
+
+
+def test_a_missing_tracker_is_answered_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmc_hub.trainers.base.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'`report_to` names trackio, .* `pip install "dmc_hub\[trackers\]"`'):
+        DDPOConfig(output_dir=None, report_to="trackio")
+    DDPOConfig(output_dir=None, report_to="none")
