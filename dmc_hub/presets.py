@@ -18,13 +18,10 @@ from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
 from dmc_hub.scheduler import TransitionScheduler
-from dmc_hub.trainers.ddpo import DDPOConfig
+from dmc_hub.trainers.alignment import METHODS
 from dmc_hub.trainers.denoising import DenoisingConfig
-from dmc_hub.trainers.dpo import DiffusionDPOConfig
 from dmc_hub.trainers.iql import IQLConfig
-from dmc_hub.trainers.reward_gradient import RewardGradientConfig
 from dmc_hub.trainers.sampling import SamplingConfig
-from dmc_hub.trainers.sft import SFTConfig
 
 CONTROLLERS = ("planner", "decision_diffuser", "policy")
 SAMPLERS: dict[str, tuple[dict[str, Any], int]] = {
@@ -69,14 +66,8 @@ class Preset:
 
     def stage_configs(self, **overrides: Any) -> dict[str, SamplingConfig]:
         """Config of every alignment method."""
-        types: dict[str, type[SamplingConfig]] = {
-            "ddpo": DDPOConfig,
-            "reward_gradient": RewardGradientConfig,
-            "dpo": DiffusionDPOConfig,
-            "sft": SFTConfig,
-        }
         return {
-            method: types[method](**{"output_dir": None, **settings, **overrides})
+            method: METHODS[method][1](**{"output_dir": None, **settings, **overrides})
             for method, settings in self.stages.items()
         }
 
