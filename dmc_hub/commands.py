@@ -49,6 +49,9 @@ class AlignArguments:
     training_scale: float = field(
         default=1.0, metadata={"help": "Factor on all numbers of training steps; 0.05 gives a quick look."}
     )
+    foundation: str | None = field(
+        default=None, metadata={"help": "Folder of a trained pipeline with its critic; by default one is trained."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data, networks and training."})
 
     def settings(self) -> RunSettings:
@@ -77,6 +80,7 @@ class AlignArguments:
             num_validation_episodes=self.num_validation_episodes,
             num_evaluation_episodes=self.num_evaluation_episodes,
             training_scale=self.training_scale,
+            foundation=self.foundation,
         )
 
 
@@ -128,6 +132,10 @@ class ReproduceNav1DArguments:
     """Arguments of `dmc-hub reproduce-nav1d`."""
 
     output_dir: str = field(metadata={"help": "Folder of the runs and the table; finished runs are found again."})
+    datasets: list[str] = field(
+        default_factory=lambda: list(reproduction.DATASETS),
+        metadata={"help": "Which of partial, full and expert; several processes can share the work, one dataset each."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds."})
     num_episodes: int = field(default=64, metadata={"help": "Evaluation episodes of each run."})
     quick: bool = field(default=False, metadata={"help": "A fiftieth of the training, one seed: to see it work."})
@@ -148,6 +156,7 @@ def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
     _require_positive(arguments, "num_episodes")
     rows = reproduction.reproduce_nav1d(
         Path(arguments.output_dir),
+        datasets=arguments.datasets,
         seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
         training_scale=0.02 if arguments.quick else 1.0,
         num_episodes=arguments.num_episodes,

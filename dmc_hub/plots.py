@@ -91,6 +91,35 @@ def plot_return_histogram(before: np.ndarray, after: np.ndarray, path: str | os.
     _save(figure, path)
 
 
+def plot_table(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], optimum: float | None = None) -> None:
+    """Before and after of every cell of a table as a line between two dots, beside the published figure.
+
+    Args:
+        rows: one mapping per cell with `controller`, `sampler`, `selection`, `dataset`, `return_before`,
+            `return_after` and `paper_after`.
+        path: the PNG file to write.
+        optimum: optimal return, a dashed line.
+    """
+    figure = Figure(figsize=(7.0, 1.2 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    y = np.arange(len(rows))[::-1]
+    before, after, paper = (
+        np.array([row[key] for row in rows], float) for key in ("return_before", "return_after", "paper_after")
+    )
+    axes.hlines(y, before, after, color="0.8", linewidth=3)
+    axes.plot(before, y, "o", color=BEFORE_COLOR, label="before")
+    axes.plot(after, y, "o", color=AFTER_COLOR, label="after")
+    axes.plot(paper, y, "|", color="black", markersize=11, markeredgewidth=2, label="after, as published")
+    if optimum is not None:
+        axes.axvline(optimum, color="tab:green", linewidth=1.2, linestyle="--", label=f"optimum {optimum:.2f}")
+    labels = [f"{row['dataset']} · {row['controller']} {row['sampler']}, {row['selection']}" for row in rows]
+    axes.set_yticks(y, labels, fontsize=8)
+    axes.set_xlabel("return")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+    _hide_spines(axes)
+    _save(figure, path)
+
+
 def _draw_returns(
     axes: Axes, stages: Sequence[Mapping[str, Any]], baseline: float | None, optimum: float | None
 ) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 
 import gymnasium
 import torch
+from torch import nn
 
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
 from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
 from dmc_hub.hub import load_pipeline
+from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, get_task
@@ -48,6 +50,7 @@ class RunSettings:
         num_validation_episodes: episodes after each stage.
         num_evaluation_episodes: episodes of the reported figures.
         training_scale: factor on all numbers of training steps; below 1 for a quick look.
+        foundation: folder of a trained pipeline with its critic to start from; None trains one.
     """
 
     task: str
@@ -60,6 +63,7 @@ class RunSettings:
     num_validation_episodes: int
     num_evaluation_episodes: int
     training_scale: float
+    foundation: str | None = None
 
     def scaled(self, max_steps: int) -> int:
         """Training steps at this run's scale, at least 1."""
@@ -88,7 +92,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
 def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) -> dict[str, Any]:
     start, task = time.perf_counter(), get_task(settings.task)
     episodes = Episodes.from_dataset(task.make_dataset(settings.seed))
-    pipeline, seconds_before = _foundation(settings, preset, episodes, output_dir / "pipeline")
+    pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
     before = _evaluations(settings, task, pipeline, "before")
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
     _say(f"alignment: {settings.num_passes} × ({' → '.join(settings.methods)})")
@@ -140,31 +144,64 @@ def evaluate_on_task(
         vector_env.close()
 
 
-def _foundation(settings: RunSettings, preset: Preset, episodes: Episodes, folder: Path) -> tuple[Any, float]:
+def train_foundation(
+    settings: RunSettings, episodes: Episodes, *, critic: nn.Module | None = None, denoiser: nn.Module | None = None
+) -> Any:
+    """Train the preset's pipeline: denoiser, inverse dynamics where it has them, critic.
+
+    Args:
+        settings: task, controller, sampler, seed and scale count.
+        episodes: the data.
+        critic: a trained critic of the same data, to be copied instead of trained; likewise `denoiser`.
+    """
+    preset = PRESETS[get_task(settings.task).name](settings.controller, settings.sampler)
+    pipeline = preset.build_pipeline(episodes, settings.seed)
+    if denoiser is not None:
+        pipeline.denoiser.load_state_dict(denoiser.state_dict())
+    else:
+        _say(f"foundation: {settings.controller} on {episodes.num_episodes} episodes")
+        steps = settings.scaled(preset.foundation_config().max_steps)
+        DenoisingTrainer(
+            pipeline, preset.foundation_config(seed=settings.seed, max_steps=steps), train_dataset=episodes
+        ).train()
+    if settings.controller == "decision_diffuser":
+        _say("inverse dynamics")
+        dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed)
+        dynamics = dataclasses.replace(dynamics, max_steps=settings.scaled(dynamics.max_steps))
+        InverseDynamicsTrainer(pipeline, dynamics, train_dataset=episodes).train()
+    if critic is not None:
+        pipeline.critic.load_state_dict(critic.state_dict())
+        return pipeline
+    _say("critic: IQL")
+    steps = settings.scaled(preset.critic_config().max_steps)
+    IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
+    return pipeline
+
+
+def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tuple[Any, float]:
     """The trained pipeline and 0, or the one an earlier process has left and the seconds that it took."""
     if folder.is_dir():
         manifest = checkpoint.verify(folder)
         _say(f"foundation and critic: found in {folder}")
         return load_pipeline(folder), manifest.metadata.get("wall_seconds", 0.0)
     start = time.perf_counter()
-    pipeline = preset.build_pipeline(episodes, settings.seed)
-    _say(f"foundation: {settings.controller} on {episodes.num_episodes} episodes")
-    steps = settings.scaled(preset.foundation_config().max_steps)
-    DenoisingTrainer(
-        pipeline, preset.foundation_config(seed=settings.seed, max_steps=steps), train_dataset=episodes
-    ).train()
-    if settings.controller == "decision_diffuser":
-        _say("inverse dynamics")
-        dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed)
-        dynamics = dataclasses.replace(dynamics, max_steps=settings.scaled(dynamics.max_steps))
-        InverseDynamicsTrainer(pipeline, dynamics, train_dataset=episodes).train()
-    _say("critic: IQL")
-    steps = settings.scaled(preset.critic_config().max_steps)
-    IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
+    pipeline = _given_foundation(settings) if settings.foundation else train_foundation(settings, episodes)
     facts = {**_facts(settings), "wall_seconds": time.perf_counter() - start}
     with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)
     return pipeline, 0.0
+
+
+def _given_foundation(settings: RunSettings) -> Any:
+    pipeline = load_pipeline(str(settings.foundation))
+    if isinstance(pipeline, DiffusionPolicyPipeline) != (settings.controller == "policy"):
+        raise ValueError(
+            f"`foundation` {settings.foundation} holds a {type(pipeline).__name__}: not what `controller` "
+            f"{settings.controller!r} says."
+        )
+    if pipeline.critic is None:
+        raise ValueError(f"`foundation` {settings.foundation} has no critic: train one with `dmc-hub train-critic`.")
+    return pipeline
 
 
 def _aligner(

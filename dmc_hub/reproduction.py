@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 
-from dmc_hub import checkpoint
+from dmc_hub import checkpoint, plots
+from dmc_hub.data import Episodes
+from dmc_hub.envs import NAV1D_ID, nav1d
+from dmc_hub.hub import load_pipeline
 from dmc_hub.presets import PRESETS
-from dmc_hub.recipes import RunSettings, align_task
+from dmc_hub.recipes import RunSettings, align_task, train_foundation
+from dmc_hub.tasks import get_task
 
 DATASETS = ("partial", "full", "expert")
+NUM_PASSES = 1
 PAPER_PLANNERS: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("planner", "ddpm"): ((2.1, 4.3), (3.2, 6.9), (6.2, 7.3)),
     ("planner", "ddim"): ((1.9, 3.3), (4.3, 7.3), (5.9, 7.2)),
@@ -54,11 +60,23 @@ def table_cells() -> Iterator[Cell]:
             yield Cell("policy", "ddpm", selection, dataset, *figures)
 
 
-def reproduce_nav1d(output_dir: Path, *, seeds: Sequence[int], training_scale: float, num_episodes: int) -> list[dict]:
-    """Run every cell with every seed and write table.json and table.md; finished runs are found again.
+def reproduce_nav1d(
+    output_dir: Path,
+    *,
+    datasets: Sequence[str] = DATASETS,
+    seeds: Sequence[int],
+    training_scale: float,
+    num_episodes: int,
+) -> list[dict[str, Any]]:
+    """Run every cell with every seed and write table.json, table.md and table.png; finished runs are found again.
+
+    Samplers that train the same network share it (DDPM and DDIM), and all controllers share one critic per dataset and
+    seed, the one of the DDPM planner. Processes that work on different datasets or seeds may share the folder; a last
+    call for all of them finds their runs and writes the whole table.
 
     Args:
         output_dir: one folder per run, and the table.
+        datasets: of `DATASETS`.
         seeds: training seeds.
         training_scale: factor on all numbers of training steps.
         num_episodes: evaluation episodes of each run.
@@ -66,34 +84,75 @@ def reproduce_nav1d(output_dir: Path, *, seeds: Sequence[int], training_scale: f
     Returns:
         One row per cell: the means over the training seeds, and the paper's figures.
     """
+    unknown = set(datasets) - set(DATASETS)
+    if unknown or not datasets:
+        raise ValueError(f"`datasets` must be among {', '.join(DATASETS)}; got {', '.join(datasets) or 'none'}.")
     rows = []
-    for cell in table_cells():
-        reports = [_report(cell, output_dir, seed, training_scale, num_episodes) for seed in seeds]
-        rows.append(_row(cell, reports, seeds))
+    for dataset in datasets:
+        cells = [cell for cell in table_cells() if cell.dataset == dataset]
+        reports = {
+            (cell, seed): _report(cell, output_dir, seed, training_scale, num_episodes)
+            for seed in seeds
+            for cell in cells
+        }
+        rows += [_row(cell, [reports[cell, seed] for seed in seeds], seeds) for cell in cells]
         _write(output_dir, rows, training_scale, num_episodes)
     return rows
 
 
 def _report(cell: Cell, output_dir: Path, seed: int, training_scale: float, num_episodes: int) -> dict[str, Any]:
-    task = f"nav1d-{cell.dataset}"
+    settings = _settings(cell, seed, training_scale, num_episodes)
     folder = output_dir / f"{cell.controller}-{cell.sampler}-{cell.dataset}-{seed}"
+    finished = folder / "report.json"
+    if finished.is_file():
+        theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # the folder may have moved
+        if theirs == json.loads(json.dumps(vars(settings))):
+            return checkpoint.load_json(finished)
+    foundation = str(_foundation(cell, output_dir, settings))
+    return align_task(dataclasses.replace(settings, foundation=foundation), folder)
+
+
+def _settings(cell: Cell, seed: int, training_scale: float, num_episodes: int) -> RunSettings:
+    task = f"nav1d-{cell.dataset}"
     preset = PRESETS[task](cell.controller, cell.sampler)
-    settings = RunSettings(
+    return RunSettings(
         task=task,
         controller=cell.controller,
         sampler=cell.sampler,
         seed=seed,
         methods=preset.methods,
-        num_passes=2,
+        num_passes=NUM_PASSES,
         num_candidates=preset.num_candidates,
         num_validation_episodes=64,
         num_evaluation_episodes=num_episodes,
         training_scale=training_scale,
     )
-    finished = folder / "report.json"
-    if finished.is_file() and checkpoint.load_json(folder / "settings.json") == json.loads(json.dumps(vars(settings))):
-        return checkpoint.load_json(finished)
-    return align_task(settings, folder)
+
+
+def _foundation(cell: Cell, output_dir: Path, settings: RunSettings) -> Path:
+    """The folder of the cell's foundation, trained if it is not there."""
+    folder = output_dir / "foundations" / f"{cell.controller}-{cell.sampler}-{cell.dataset}-{settings.seed}"
+    if folder.is_dir():
+        scale = checkpoint.verify(folder).metadata.get("training_scale")
+        if scale != settings.training_scale:
+            raise ValueError(
+                f"`output_dir` {output_dir} holds foundations of training scale {scale}, not "
+                f"{settings.training_scale}: choose another folder."
+            )
+        return folder
+    shared: dict[str, Any] = {}
+    if (cell.controller, cell.sampler) != ("planner", "ddpm"):
+        source = dataclasses.replace(cell, controller="planner", sampler="ddpm")
+        source_settings = dataclasses.replace(settings, controller="planner", sampler="ddpm")
+        pipeline = load_pipeline(_foundation(source, output_dir, source_settings))
+        shared["critic"] = pipeline.critic
+        if (cell.controller, cell.sampler) == ("planner", "ddim"):
+            shared["denoiser"] = pipeline.denoiser
+    episodes = Episodes.from_dataset(get_task(settings.task).make_dataset(settings.seed))
+    trained = train_foundation(settings, episodes, **shared)
+    with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
+        trained.save_pretrained(stage)
+    return folder
 
 
 def _row(cell: Cell, reports: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -105,9 +164,14 @@ def _row(cell: Cell, reports: list[dict[str, Any]], seeds: Sequence[int]) -> dic
         )
         for report in reports
     ]
+    optimal = [_optimal_returns(report["seeds"]) for report in reports]
 
     def mean(when: str, statistic: str) -> float:
         return float(np.mean([row[when][statistic] for row in evaluations]))
+
+    def regret_std(when: str) -> float:
+        pairs = zip(optimal, evaluations, strict=True)
+        return float(np.mean([np.std(best - np.asarray(row[f"returns_{when}"])) for best, row in pairs]))
 
     return {
         **dataclasses.asdict(cell),
@@ -115,14 +179,29 @@ def _row(cell: Cell, reports: list[dict[str, Any]], seeds: Sequence[int]) -> dic
         "return_after": mean("after", "mean"),
         "std_before": mean("before", "std"),
         "std_after": mean("after", "std"),
+        "regret_std_before": regret_std("before"),
+        "regret_std_after": regret_std("after"),
+        "one_candidate_before": float(np.mean([report["evaluations"][0]["before"]["mean"] for report in reports])),
+        "one_candidate_after": float(np.mean([report["evaluations"][0]["after"]["mean"] for report in reports])),
+        "one_candidate_std_before": float(np.mean([report["evaluations"][0]["before"]["std"] for report in reports])),
+        "one_candidate_std_after": float(np.mean([report["evaluations"][0]["after"]["std"] for report in reports])),
         "returns_after_by_seed": [row["after"]["mean"] for row in evaluations],
         "share_of_optimum": mean("after", "share_of_optimum"),
         "seeds": list(seeds),
     }
 
 
+def _optimal_returns(seeds: Iterable[int]) -> np.ndarray:
+    """The best return that each episode's start permits: what is left of the spread of returns when it is taken off
+    them is the controller's own doing."""
+    env = gymnasium.make(NAV1D_ID)
+    starts = [float(env.reset(seed=seed)[0][0]) for seed in seeds]
+    solution = nav1d.optimal_value_function()
+    return np.interp(starts, solution.positions, solution.values[0])
+
+
 def _write(output_dir: Path, rows: list[dict[str, Any]], training_scale: float, num_episodes: int) -> None:
-    table = {"training_scale": training_scale, "episodes": num_episodes, "cells": rows}
+    table = {"training_scale": training_scale, "episodes": num_episodes, "passes": NUM_PASSES, "cells": rows}
     lines = [
         "| controller | sampler | selection | data | before | after | paper |",
         "|---|---|---|---|---|---|---|",
@@ -137,3 +216,4 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], training_scale: float, 
         temporary = output_dir / f".{name}.{os.getpid()}"
         temporary.write_text(text + "\n")
         os.replace(temporary, output_dir / name)
+    plots.plot_table(rows, output_dir / "table.png", optimum=nav1d.optimal_return())
