@@ -16,8 +16,8 @@ class Agent:
     """Calls a planner or policy once per step (or once per chunk) and keeps what the next call needs.
 
     It is called like the pipeline, with the observations of all environments at one step, and must be `reset` when
-    episodes start. It keeps the observation history of a policy, the rest of an action chunk, the sequences that
-    temporal ensembling averages, and the plan that warm-starts the next one.
+    episodes start. It keeps the observation history of a policy, the past that a planner's window slides over, the
+    rest of an action chunk, the sequences that temporal ensembling averages, and the plan that warm-starts the next one.
 
     Args:
         pipeline: the controller.
@@ -25,6 +25,8 @@ class Agent:
         ensembling_decay: average what all earlier sequences say of this step with weights `exp(-decay * age rank)`, the
             oldest sequence first (ACT, arXiv:2304.13705); decides at every step, so `num_action_steps` must be 1.
         num_warm_start_steps: a planner starts from its previous plan, shifted, and runs so many denoising steps.
+        num_context_steps: the first steps of a planner's window are the last so many observed steps (fewer at the start
+            of an episode), the rest is the future: for tasks whose observation does not tell everything.
     """
 
     def __init__(
@@ -34,11 +36,18 @@ class Agent:
         num_action_steps: int = 1,
         ensembling_decay: float | None = None,
         num_warm_start_steps: int | None = None,
+        num_context_steps: int = 0,
     ) -> None:
-        if not 1 <= num_action_steps <= pipeline.config.horizon:
+        future = pipeline.config.horizon - num_context_steps
+        if num_context_steps < 0 or not 1 <= num_action_steps <= future:
             raise ValueError(
-                f"`num_action_steps` must lie in 1..{pipeline.config.horizon}, the horizon; got {num_action_steps}."
+                f"`num_context_steps` must be at least 0 and `num_action_steps` at least 1, both together at most "
+                f"{pipeline.config.horizon}, the horizon; got {num_context_steps} and {num_action_steps}."
             )
+        if num_context_steps and not isinstance(pipeline, DiffuserPlannerPipeline):
+            raise ValueError("`num_context_steps` is for planners: a policy has `num_observation_steps`.")
+        if num_context_steps and num_warm_start_steps is not None:
+            raise ValueError("`num_warm_start_steps` needs a window that starts now: set `num_context_steps` to 0.")
         if ensembling_decay is not None and num_action_steps > 1:
             raise ValueError("`ensembling_decay` needs a decision at every step: set `num_action_steps` to 1.")
         if num_warm_start_steps is not None and not isinstance(pipeline, DiffuserPlannerPipeline):
@@ -51,12 +60,14 @@ class Agent:
         self.num_action_steps = num_action_steps
         self.ensembling_decay = ensembling_decay
         self.num_warm_start_steps = num_warm_start_steps
+        self.num_context_steps = num_context_steps
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: new episodes start in all environments."""
         self._history: deque[np.ndarray] = deque(maxlen=self.pipeline.num_observation_steps)
-        self._sequences: deque[np.ndarray] = deque(maxlen=self.pipeline.config.horizon)
+        self._past: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.num_context_steps)
+        self._sequences: deque[np.ndarray] = deque(maxlen=self.pipeline.config.horizon - self.num_context_steps)
         self._output: Any = None
         self._age = 0
 
@@ -78,7 +89,9 @@ class Agent:
         self._age += 1
         if self._output is None or self._age >= self.num_action_steps or self.ensembling_decay is not None:
             self._decide(generator, options)
-        return dataclasses.replace(self._output, action=self._action())
+        action = self._action()
+        self._past.append((observations, action))
+        return dataclasses.replace(self._output, action=action)
 
     def _decide(self, generator: int | torch.Generator | None, options: dict[str, Any]) -> None:
         several = self.pipeline.num_observation_steps > 1
@@ -86,10 +99,12 @@ class Agent:
         if self.num_warm_start_steps is not None and self._output is not None:
             warm = {"previous_plan": self._output.plan, "num_warm_start_steps": self.num_warm_start_steps}
             options = {**options, **warm}
+        if self._past:
+            options = {**options, "context": tuple(np.stack(part, axis=1) for part in zip(*self._past, strict=True))}
         self._output = self.pipeline(seen, generator=generator, **options)
         self._age = 0
         if isinstance(self.pipeline, DiffuserPlannerPipeline):
-            self._sequences.append(self._output.plan[..., self.pipeline.observation_dim :])
+            self._sequences.append(self._output.plan[:, len(self._past) :, self.pipeline.observation_dim :])
         else:
             self._sequences.append(self._output.actions)
 

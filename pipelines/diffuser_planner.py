@@ -113,6 +113,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         action_selection: str = "greedy",
         temperature: float = 1.0,
         num_value_steps: int = 1,
+        context: tuple[np.ndarray, np.ndarray] | None = None,
         inpainting: tuple[np.ndarray, np.ndarray] | None = None,
         num_resampling_steps: int = 1,
         previous_plan: np.ndarray | None = None,
@@ -129,8 +130,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
                 candidates, `"softmax"` draws one with probability proportional to `exp(value / temperature)` (IDQL,
                 arXiv:2304.10573).
             temperature: of `"softmax"`, in units of the return.
-            num_value_steps: candidates are valued by the mean of Q over so many first pairs of the plan; 1 values the
-                action about to be executed.
+            num_value_steps: candidates are valued by the mean of Q over so many pairs of the plan from now on; 1 values
+                the action about to be executed.
+            context: the last `k < horizon` observations and actions before `observation`, of shapes
+                `(B, k, observation_dim)` and `(B, k, action_dim)` (without `B` for a single observation). They fill
+                the first steps of the plan, which then slides over the episode with the past in view.
             inpainting: further entries to fix, goals or parts of a trajectory: values in the environment's units and a
                 bool mask, both of shape `(horizon, observation_dim + action_dim)` or with `B` in front.
             num_resampling_steps: denoise each step so many times, noising it again in between (RePaint,
@@ -147,7 +151,9 @@ class DiffuserPlannerPipeline(ControlPipeline):
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
-        condition = self.observation_condition(observations)
+        condition, now = self.observation_condition(observations), 0
+        if context is not None:
+            condition, now = self._context(observations, *context), np.shape(context[0])[-2]
         if inpainting is not None:
             condition = self.inpainting_condition(condition, *inpainting)
         condition = self.repeat(condition, num_candidates)
@@ -161,7 +167,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
             num_start_steps=num_warm_start_steps,
         )
         plans = torch.cat(self.decode(latents, condition), dim=-1).unflatten(0, (-1, num_candidates))
-        values = self._plan_values(plans, num_value_steps) if self.critic is not None else None
+        values = self._plan_values(plans[:, :, now:], num_value_steps) if self.critic is not None else None
         plan = _select(plans, values, action_selection, temperature, generator)
         single = np.ndim(observation) == 1
 
@@ -169,8 +175,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
             return tensor[0].cpu().numpy() if single else tensor.cpu().numpy()
 
         return PlannerOutput(
-            action=rows(plan[:, 0, self.observation_dim :]),
-            candidates=rows(plans[:, :, 0, self.observation_dim :]),
+            action=rows(plan[:, now, self.observation_dim :]),
+            candidates=rows(plans[:, :, now, self.observation_dim :]),
             values=None if values is None else rows(values),
             trajectories=rows(plans),
             plan=rows(plan),
@@ -240,7 +246,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
         """The network's output for (in-painted) `sample`; `denoiser` stands in for the component."""
         network = self.denoiser if denoiser is None else denoiser
         scaled = self.inpaint(_scaled(self.scheduler, sample, timestep), condition)
-        return network(scaled.to(self.denoiser.dtype), timestep, return_dict=False)[0].float()
+        level = _network_timestep(self.scheduler, timestep)
+        return network(scaled.to(self.denoiser.dtype), level, return_dict=False)[0].float()
 
     def sample(
         self,
@@ -341,6 +348,29 @@ class DiffuserPlannerPipeline(ControlPipeline):
         )
         return values.mean(-1)
 
+    def _context(
+        self, observations: Tensor, past_observations: np.ndarray, past_actions: np.ndarray
+    ) -> dict[str, Tensor]:
+        """The condition of plans that begin with the given past; see `context` of the call."""
+        past = [torch.as_tensor(part, dtype=torch.float32) for part in (past_observations, past_actions)]
+        past = [(part[None] if part.ndim == 2 else part).to(observations.device) for part in past]
+        count, rows = past[0].shape[1] if past[0].ndim == 3 else -1, len(observations)
+        expected = [(rows, count, self.observation_dim), (rows, count, self.action_dim)]
+        if not 0 <= count < self.config.horizon or [tuple(part.shape) for part in past] != expected:
+            raise ValueError(
+                f"`context` must be observations ({rows}, k, {self.observation_dim}) and actions "
+                f"({rows}, k, {self.action_dim}) with k < {self.config.horizon}, the horizon; got "
+                f"{' and '.join(str(tuple(part.shape)) for part in past)}."
+            )
+        if not all(bool(torch.isfinite(part).all()) for part in past):
+            raise ValueError("`context` has NaN or infinite values.")
+        seen = self.normalizer.normalize_observations(torch.cat([past[0], observations[:, None]], dim=1))
+        plan = seen.new_zeros(self.latent_shape(rows))
+        plan[:, : count + 1, : self.observation_dim] = seen
+        if self.inverse_dynamics is None:
+            plan[:, :count, self.observation_dim :] = self.normalizer.normalize_actions(past[1])
+        return self.context_condition(plan, torch.full((rows,), count))
+
     def _shifted(self, previous_plan: np.ndarray | Tensor, num_plans: int, num_candidates: int) -> Tensor:
         """The previous plan one step later, its last step repeated, as normalised latents for every candidate."""
         plan = torch.as_tensor(previous_plan, dtype=torch.float32, device=self.denoiser.device)
@@ -360,6 +390,17 @@ def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor)
     """The network's input; diffusers' flow schedulers scale nothing and have no such method."""
     scale = getattr(scheduler, "scale_model_input", None)
     return sample if scale is None else scale(sample, timestep)
+
+
+def _network_timestep(scheduler: SchedulerMixin, timestep: float | Tensor) -> float | Tensor:
+    """What the network is told. diffusers' EDM schedulers count in `log(sigma) / 4`; the network knows the position on
+    the schedule of Karras et al. (arXiv:2206.00364, Eq. 5), as `TransitionScheduler` counts."""
+    if not hasattr(scheduler, "precondition_noise"):
+        return timestep
+    config = scheduler.config
+    low, high = (sigma ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max))
+    sigma = torch.exp(4 * torch.as_tensor(timestep))
+    return (sigma ** (1 / config.rho) - low) / (high - low) * config.num_train_timesteps
 
 
 def _initial_std(scheduler: SchedulerMixin) -> float:

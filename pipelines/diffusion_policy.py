@@ -159,7 +159,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """The network's output for `sample`; `denoiser` stands in for the component."""
         network, dtype = self.denoiser if denoiser is None else denoiser, self.denoiser.dtype
         scaled = _scaled(self.scheduler, sample, timestep).to(dtype)
-        return network(scaled, timestep, condition["embedding"].to(dtype), return_dict=False)[0].float()
+        level = _network_timestep(self.scheduler, timestep)
+        return network(scaled, level, condition["embedding"].to(dtype), return_dict=False)[0].float()
 
     def sample(
         self,
@@ -230,6 +231,17 @@ def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor)
     """The network's input; diffusers' flow schedulers scale nothing and have no such method."""
     scale = getattr(scheduler, "scale_model_input", None)
     return sample if scale is None else scale(sample, timestep)
+
+
+def _network_timestep(scheduler: SchedulerMixin, timestep: float | Tensor) -> float | Tensor:
+    """What the network is told. diffusers' EDM schedulers count in `log(sigma) / 4`; the network knows the position on
+    the schedule of Karras et al. (arXiv:2206.00364, Eq. 5), as `TransitionScheduler` counts."""
+    if not hasattr(scheduler, "precondition_noise"):
+        return timestep
+    config = scheduler.config
+    low, high = (sigma ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max))
+    sigma = torch.exp(4 * torch.as_tensor(timestep))
+    return (sigma ** (1 / config.rho) - low) / (high - low) * config.num_train_timesteps
 
 
 def _initial_std(scheduler: SchedulerMixin) -> float:

@@ -103,9 +103,49 @@ def test_a_warm_started_planner_runs_few_steps_after_its_first_plan() -> None:
 
 
 def test_options_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`num_action_steps` must lie in 1\.\.4, the horizon; got 5"):
+    with pytest.raises(ValueError, match="both together at most 4, the horizon; got 0 and 5"):
         Agent(make_policy(), num_action_steps=5)
     with pytest.raises(ValueError, match="`ensembling_decay` needs a decision at every step"):
         Agent(make_policy(), ensembling_decay=0.1, num_action_steps=2)
     with pytest.raises(ValueError, match="is for planners"):
         Agent(make_policy(), num_warm_start_steps=2)
+
+
+def test_a_planners_window_slides_over_the_past() -> None:
+    pipeline = make_planner()
+    agent = Agent(pipeline, num_context_steps=2)
+    actions: list[np.ndarray] = []
+    for step in range(5):
+        first = max(0, step - 2)
+        options: dict[str, Any] = {}
+        if step:
+            seen = [observations(i) for i in range(first, step)]
+            options["context"] = (np.stack(seen, axis=1), np.stack(actions[first:], axis=1))
+        expected = pipeline(observations(step), generator=step, **options)
+        output = agent(observations(step), generator=step)
+        np.testing.assert_array_equal(output.action, expected.action)
+        np.testing.assert_array_equal(output.action, expected.plan[:, step - first, 3:])
+        actions.append(output.action)
+
+
+def test_chunks_of_a_sliding_window_start_now() -> None:
+    agent = Agent(make_planner(), num_context_steps=2, num_action_steps=2)
+    for step in range(4):
+        output = agent(observations(step), generator=step)
+        context = 0 if step < 2 else 2
+        np.testing.assert_array_equal(output.action, output.plan[:, context + step % 2, 3:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_context_steps": 4}, "both together at most 4"),
+        ({"num_context_steps": -1}, "`num_context_steps` must be at least 0"),
+        ({"num_context_steps": 1, "num_warm_start_steps": 1}, "set `num_context_steps` to 0"),
+    ],
+)
+def test_context_that_does_not_fit_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Agent(make_planner(), **options)
+    with pytest.raises(ValueError, match="`num_context_steps` is for planners"):
+        Agent(make_policy(), num_context_steps=1)

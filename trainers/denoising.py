@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmc_hub.losses import denoising_loss
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import episodes_that_fit
+from dmc_hub.trainers.loop import episodes_that_fit, require_transitions
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,7 @@ class DenoisingTrainer(DiffusionTrainer):
     args: DenoisingConfig
 
     def __init__(self, pipeline: Any, args: DenoisingConfig, *, train_dataset: Any, **kwargs: Any) -> None:
+        require_transitions(pipeline)
         super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
 

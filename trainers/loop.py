@@ -148,3 +148,14 @@ def stop_signals(request_stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def require_transitions(pipeline: Any) -> None:
+    """Raise a ValueError if the pipeline's scheduler is not one that training can use."""
+    scheduler = pipeline.scheduler
+    if not hasattr(scheduler, "transition"):
+        raise ValueError(
+            f"`pipeline.scheduler` is a {type(scheduler).__name__}, which samples but has neither log-probabilities nor "
+            "training targets: train with a TransitionScheduler of the same noise schedule and prediction type, and "
+            "put the other one in afterwards."
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import episodes_that_fit
+from dmc_hub.trainers.loop import episodes_that_fit, require_transitions
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,7 @@ class SamplingTrainer(DiffusionTrainer):
     ) -> None:
         if reward_function is not None and not callable(reward_function):
             raise ValueError(f"`reward_function` must be callable, got {type(reward_function).__name__}.")
+        require_transitions(pipeline)
         super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
         self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)

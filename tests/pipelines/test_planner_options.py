@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -59,6 +64,21 @@ class GaussianVelocity(GaussianDenoiser):
         gain = (1 - t) * variance / ((1 - t) ** 2 * variance + t**2)
         x0 = mean + gain * (sample - (1 - t) * mean)
         return ((sample - x0) / t,)
+
+
+class GaussianEDM(GaussianDenoiser):
+    """The same in EDM's preconditioning (our v prediction), told where on the schedule of `levels` it is."""
+
+    levels = 200
+
+    def forward(self, sample: Tensor, timestep: Any, return_dict: bool = False) -> tuple[Tensor]:
+        schedule = TransitionScheduler(self.levels, "variance_exploding", prediction_type="v_prediction")
+        at = schedule.coefficients(timestep, sample).to(sample)
+        sigma = at.sigma.clamp(min=0.002)
+        norm, variance = torch.sqrt(1 + sigma**2), self.config.std**2
+        x_t = sample * norm
+        x0 = self.config.mean + variance / (variance + sigma**2) * (x_t - self.config.mean)
+        return (((x_t - x0) / sigma - sigma * x0) / norm,)
 
 
 def normalizer() -> Normalizer:
@@ -219,3 +239,51 @@ def test_flow_sampling_by_our_scheduler_and_by_the_stock_one(stock: bool) -> Non
     )[:, 1:, :3]
     assert float(latents.mean()) == pytest.approx(0.3, abs=0.02)
     assert float(latents.std()) == pytest.approx(0.2, rel=0.06)
+
+
+def test_edm_euler_drives_a_network_trained_where_the_variance_explodes() -> None:
+    stock = EDMEulerScheduler(sigma_data=1.0, prediction_type="v_prediction", num_train_timesteps=GaussianEDM.levels)
+    pipeline = planner(denoiser=GaussianEDM(), scheduler=stock, num_inference_steps=60)
+    latents = pipeline.sample(
+        pipeline.observation_condition(torch.zeros(4000, 3)), generator=torch.Generator().manual_seed(0)
+    )[:, 1:, :3]
+    assert float(latents.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(latents.std()) == pytest.approx(0.2, rel=0.06)
+
+
+@pytest.mark.parametrize("decision_diffuser", [False, True])
+def test_context_fills_the_first_steps_and_the_action_is_that_of_now(decision_diffuser: bool) -> None:
+    options: dict[str, Any] = {"denoiser": TemporalUnet(3, dim=8, dim_mults=(1, 2))} if decision_diffuser else {}
+    if decision_diffuser:
+        options["inverse_dynamics"] = Difference()
+    pipeline = planner(**options)
+    rng = np.random.default_rng(0)
+    past = rng.uniform(-1, 1, (2, 2, 3)).astype(np.float32), rng.uniform(-0.9, 0.9, (2, 2, 1)).astype(np.float32)
+    now = rng.uniform(-1, 1, (2, 3)).astype(np.float32)
+    output = pipeline(now, context=past, num_candidates=3, action_selection="expectation", generator=0)
+    seen = np.concatenate([past[0], now[:, None]], axis=1)
+    for candidate in range(3):
+        np.testing.assert_allclose(output.trajectories[:, candidate, :3, :3], seen, atol=1e-5)
+        if not decision_diffuser:
+            np.testing.assert_allclose(output.trajectories[:, candidate, :2, 3:], past[1], atol=1e-5)
+    np.testing.assert_array_equal(output.action, output.plan[:, 2, 3:])
+    np.testing.assert_array_equal(output.candidates, output.trajectories[:, :, 2, 3:])
+    if not decision_diffuser:
+        assert np.ptp(output.trajectories[:, :, 2, 3:], axis=1).min() > 0  # the present action is free
+
+
+def test_an_empty_context_is_none_and_a_wrong_one_is_refused() -> None:
+    pipeline = planner()
+    now, empty = np.zeros((1, 3), np.float32), (np.zeros((1, 0, 3)), np.zeros((1, 0, 1)))
+    np.testing.assert_array_equal(pipeline(now, context=empty, generator=0).plan, pipeline(now, generator=0).plan)
+    wrong = [
+        (np.zeros((1, HORIZON, 3)), np.zeros((1, HORIZON, 1))),
+        (np.zeros((1, 2, 3)), np.zeros((1, 1, 1))),
+        (np.zeros((2, 1, 3)), np.zeros((2, 1, 1))),
+        (np.zeros(3), np.zeros(1)),
+    ]
+    for context in wrong:
+        with pytest.raises(ValueError, match=r"`context` must be observations \(1, k, 3\) and actions \(1, k, 1\)"):
+            pipeline(now, context=context)
+    with pytest.raises(ValueError, match="`context` has NaN"):
+        pipeline(now, context=(np.full((1, 1, 3), np.nan), np.zeros((1, 1, 1))))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from peft import LoraConfig
 from torch import Tensor
 
@@ -316,3 +317,13 @@ def test_a_missing_tracker_is_answered_with_what_to_install(monkeypatch: pytest.
     with pytest.raises(ValueError, match=r'`report_to` names trackio, .* `pip install "dmc_hub\[trackers\]"`'):
         DDPOConfig(output_dir=None, report_to="trackio")
     DDPOConfig(output_dir=None, report_to="none")
+
+
+@pytest.mark.parametrize("controller", ["policy", "planner"])
+def test_a_stock_scheduler_trains_nothing(controller: str, make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    pipeline = make_pipeline(controller)
+    pipeline.register_modules(scheduler=DPMSolverMultistepScheduler(prediction_type="sample"))
+    for trainer, config in TRAINERS:
+        if trainer is not IQLTrainer:
+            with pytest.raises(ValueError, match="is a DPMSolverMultistepScheduler, which samples but has neither"):
+                trainer(pipeline, config(**SMALL), train_dataset=episodes, peft_config=LoraConfig())
