@@ -16,15 +16,16 @@ class Agent:
     """Calls a planner or policy once per step (or once per chunk) and keeps what the next call needs.
 
     It is called like the pipeline, with the observations of all environments at one step, and must be `reset` when
-    episodes start. It keeps the observation history of a policy, the past that a planner's window slides over, the
-    rest of an action chunk, the sequences that temporal ensembling averages, and the plan that warm-starts the next one.
+    episodes start. It keeps the observation history of a policy, the past that a planner's window slides over,
+    the rest of an action chunk, the sequences that temporal ensembling averages, and the plan that warm-starts the next.
 
     Args:
         pipeline: the controller.
         num_action_steps: actions executed before the next decision (Diffusion Policy's `T_a`, arXiv:2303.04137).
         ensembling_decay: average what all earlier sequences say of this step with weights `exp(-decay * age rank)`, the
             oldest sequence first (ACT, arXiv:2304.13705); decides at every step, so `num_action_steps` must be 1.
-        num_warm_start_steps: a planner starts from its previous plan, shifted, and runs so many denoising steps.
+        num_warm_start_steps: a planner starts from its previous plan, shifted and noised again, and runs so many
+            denoising steps; a call's `warm_start_level` says how far it is noised.
         num_context_steps: the first steps of a planner's window are the last so many observed steps (fewer at the start
             of an episode), the rest is the future: for tasks whose observation does not tell everything.
     """

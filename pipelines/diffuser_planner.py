@@ -118,6 +118,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         num_resampling_steps: int = 1,
         previous_plan: np.ndarray | None = None,
         num_warm_start_steps: int | None = None,
+        warm_start_level: float = 0.7,
         generator: int | np.integer | torch.Generator | None = None,
     ) -> PlannerOutput:
         """Choose actions; all observations × candidates are denoised in one batch.
@@ -140,7 +141,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
             num_resampling_steps: denoise each step so many times, noising it again in between (RePaint,
                 arXiv:2201.09865, Algorithm 1): in-painted entries and the rest agree better.
             previous_plan: `plan` of the decision before, one step ago: denoising starts from its shifted copy.
-            num_warm_start_steps: so many of the last denoising steps are run from there; by default a fifth of all.
+            num_warm_start_steps: denoising steps run from there; by default a quarter of all.
+            warm_start_level: time in `(0, 1]` to which the previous plan is noised: 1 forgets it, 0 would keep it.
             generator: a seed or a torch generator; None draws from torch's global one.
 
         Raises:
@@ -165,6 +167,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
             num_resampling_steps=num_resampling_steps,
             start=start,
             num_start_steps=num_warm_start_steps,
+            start_level=warm_start_level,
         )
         plans = torch.cat(self.decode(latents, condition), dim=-1).unflatten(0, (-1, num_candidates))
         values = self._plan_values(plans[:, :, now:], num_value_steps) if self.critic is not None else None
@@ -260,6 +263,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         num_resampling_steps: int = 1,
         start: Tensor | None = None,
         num_start_steps: int | None = None,
+        start_level: float = 0.7,
     ) -> Tensor:
         """Denoise from noise to normalised plans `(B, horizon, latent_dim)`.
 
@@ -272,19 +276,20 @@ class DiffuserPlannerPipeline(ControlPipeline):
             denoiser: stands in for the component.
             num_grad_steps: gradients flow through the last so many steps only (`sg(., K)` of Eq. 9).
             num_resampling_steps: denoise each step so many times (RePaint).
-            start: clean plans to start from, noised to the level of the first step run, instead of noise.
-            num_start_steps: denoising steps run from `start`; by default a fifth, at least 1.
+            start: clean plans to start from, noised to about `start_level`, instead of noise.
+            num_start_steps: denoising steps run from `start`, evenly over the levels below; by default a quarter of
+                `num_inference_steps`, at least 1.
+            start_level: time in `(0, 1]`.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if start is not None:
+            steps, count = _steps_from(start_level, max(1, steps // 4) if num_start_steps is None else num_start_steps)
         self.scheduler.set_timesteps(steps)
         timesteps = self.scheduler.timesteps.tolist()
         latents = randn_tensor(condition["values"].shape, generator=generator, device=self.denoiser.device)
         if start is None:
             latents = latents * _initial_std(self.scheduler)
         else:
-            count = max(1, steps // 5) if num_start_steps is None else num_start_steps
-            if not 1 <= count <= len(timesteps):
-                raise ValueError(f"`num_warm_start_steps` must lie in 1..{len(timesteps)}, got {count}.")
             timesteps = timesteps[-count:]
             latents = self.scheduler.add_noise(start, latents, torch.tensor(timesteps[:1]))
         latents = self.inpaint(latents, condition)
@@ -381,6 +386,15 @@ class DiffuserPlannerPipeline(ControlPipeline):
         observations, actions = plan.split((self.observation_dim, self.action_dim), dim=-1)
         latents, _ = self.encode({"observations": observations, "actions": actions})
         return torch.cat([latents[:, 1:], latents[:, -1:]], dim=1).repeat_interleave(num_candidates, dim=0)
+
+
+def _steps_from(level: float, count: int) -> tuple[int, int]:
+    """How many denoising steps there are from noise if `count` of the same size lead down from time `level`."""
+    if not 0 < level <= 1:
+        raise ValueError(f"`warm_start_level` must lie in (0, 1], got {level}.")
+    if count < 1:
+        raise ValueError(f"`num_warm_start_steps` must be at least 1, got {count}.")
+    return max(count, round(count / level)), count
 
 
 # What follows stands in both pipelines' files, because each travels to the Hub alone.

@@ -408,7 +408,7 @@ def sampled_distribution(scheduler: TransitionScheduler, steps: int) -> tuple[fl
 
 
 # Kernel, eta, steps of each schedule for a std within 2 %. Euler's method in time, without noise, is refused
-# where the variance explodes: it needs more than a thousand steps, and the ancestral kernel at eta 0 takes its in sigma.
+# where the variance explodes: it needs a thousand steps, and the ancestral kernel at eta 0 takes its own in sigma.
 EXACT: list[tuple[str, float, dict[str, int]]] = [
     ("ancestral", 0.0, {"cosine": 100, "linear": 200, "flow": 100, "variance_exploding": 200}),
     ("ancestral", 1.0, {"cosine": 250, "linear": 500, "flow": 200, "variance_exploding": 400}),
