@@ -17,7 +17,7 @@ class Agent:
 
     It is called like the pipeline, with the observations of all environments at one step, and must be `reset` when
     episodes start. It keeps the observation history of a policy, the past that a planner's window slides over,
-    the rest of an action chunk, the sequences that temporal ensembling averages, and the plan that warm-starts the next.
+    the rest of an action chunk, the sequences that temporal ensembling averages, and the plan of a warm start.
 
     Args:
         pipeline: the controller.

@@ -325,8 +325,8 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         if schedule == "variance_exploding" and kernel == "euler_maruyama" and eta == 0:
             raise ValueError(
                 "`kernel` 'euler_maruyama' with `eta` 0 takes Euler steps in time, along which sigma explodes: use "
-                "kernel 'ancestral' with `eta` 0, whose Euler steps are in sigma (Algorithm 1 of arXiv:2206.00364 without "
-                "churn), or 'dpm_solver_2m'."
+                "kernel 'ancestral' with `eta` 0, whose Euler steps are in sigma (Algorithm 1 of arXiv:2206.00364 "
+                "without churn), or 'dpm_solver_2m'."
             )
         self.noise_schedule = _noise_schedule(schedule, schedule_options or {})
         self.num_inference_steps: int | None = None

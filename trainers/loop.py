@@ -156,6 +156,6 @@ def require_transitions(pipeline: Any) -> None:
     if not hasattr(scheduler, "transition"):
         raise ValueError(
             f"`pipeline.scheduler` is a {type(scheduler).__name__}, which samples but has neither log-probabilities "
-            "nor training targets: train with a TransitionScheduler of the same noise schedule and prediction type, and "
-            "put the other one in afterwards."
+            "nor training targets: train with a TransitionScheduler of the same noise schedule and prediction type, "
+            "and put the other one in afterwards."
         )
