@@ -48,8 +48,8 @@ class DDPOConfig(SamplingConfig):
     credit: Literal["noise_level", "uniform", "decreasing"] = field(
         default="noise_level",
         metadata={
-            "help": "Weights kappa_t of the denoising steps: proportional to the transition's std, equal, or linearly "
-            "decreasing from the noisiest step."
+            "help": "Weights kappa_t of the denoising steps: proportional to the transition's std in units of the noisy "
+            "sample's own scale sqrt(alpha^2 + sigma^2), equal, or linearly decreasing from the noisiest step."
         },
     )
     batches_per_rollout: int = field(default=1, metadata={"help": "Micro-batches sampled before training on them."})
@@ -144,7 +144,7 @@ class DDPOTrainer(SamplingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         model.eval()  # with dropout, two evaluations of one policy would differ
-        credits = self._credits(inputs["stds"])
+        credits = self._credits(inputs["stds"], inputs["timesteps"])
         losses = [credits[step] * self._step_loss(inputs, step) for step in inputs["steps"].tolist()]
         return torch.stack(losses).mean()
 
@@ -174,11 +174,12 @@ class DDPOTrainer(SamplingTrainer):
         output = self.pipeline.predict(x_t, timestep, condition)
         return self.pipeline.scheduler.transition(output, x_t, timestep, int(inputs["next_timesteps"][step]))
 
-    def _credits(self, stds: Tensor) -> list[float]:
+    def _credits(self, stds: Tensor, timesteps: Tensor) -> list[float]:
         """`kappa_t` of every denoising step, 1 on average over those that have a density (section 3.1)."""
         stochastic = (stds > 0).to(stds)
         if self.args.credit == "noise_level":
-            weights = stds
+            at = self.pipeline.scheduler.coefficients(timesteps, timesteps)
+            weights = stds / torch.sqrt(at.alpha**2 + at.sigma**2).to(stds)
         elif self.args.credit == "decreasing":
             weights = stochastic * torch.linspace(len(stds), 1, len(stds), device=stds.device)
         else:

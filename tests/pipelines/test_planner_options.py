@@ -155,13 +155,13 @@ def test_a_warm_start_runs_few_steps_and_stays_near_the_shifted_plan() -> None:
     first = pipeline(np.zeros(3, np.float32), generator=0)
     assert len(calls) == 20
     calls.clear()
-    second = pipeline(
-        np.zeros(3, np.float32), previous_plan=first.plan, num_warm_start_steps=2, warm_start_level=0.7, generator=1
-    )
-    assert calls == [66, 32]  # two of the three steps that lead down from noise
-    calls.clear()
-    second = pipeline(np.zeros(3, np.float32), previous_plan=first.plan, warm_start_level=0.25, generator=1)
+    pipeline(np.zeros(3, np.float32), previous_plan=first.plan, warm_start_level=0.25, generator=1)
     assert calls == [24, 19, 14, 9, 4]  # a quarter of the steps by default
+    calls.clear()
+    second = pipeline(
+        np.zeros(3, np.float32), previous_plan=first.plan, num_warm_start_steps=2, warm_start_level=0.1, generator=1
+    )
+    assert calls == [9, 4]
     shifted = np.concatenate([first.plan[1:], first.plan[-1:]])
     cold = pipeline(np.zeros(3, np.float32), generator=1).plan
     near, far = np.abs(second.plan - shifted)[1:].mean(), np.abs(cold - shifted)[1:].mean()
