@@ -157,7 +157,7 @@ def nav1d(
         critic=critic_settings,
         methods=("dpo", "sft") if sampler == "ddim" else ("ddpo", "dpo", "sft"),
         stages={
-            "ddpo": {"max_steps": 80},
+            "ddpo": {"max_steps": 80, "learning_rate": 1e-3 if sampler in ("sm", "fm") else 5e-4},
             "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
             "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
             "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
