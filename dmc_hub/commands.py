@@ -40,7 +40,16 @@ class AlignArguments:
     methods: list[str] | None = field(
         default=None, metadata={"help": f"Methods of one pass, from {', '.join(METHODS)}; the preset's by default."}
     )
-    num_passes: int = field(default=2, metadata={"help": "Passes through the methods."})
+    max_passes: int = field(default=3, metadata={"help": "Passes through the methods at most."})
+    min_gain: float = field(
+        default=0.01, metadata={"help": "A pass that raises the validated return by less than this share is the last."}
+    )
+    validations_per_stage: int = field(
+        default=4, metadata={"help": "Validations of a stage, evenly over its steps; it ends at the best one."}
+    )
+    num_retries: int = field(
+        default=1, metadata={"help": "Times a collapsed stage is tried again, at a lower learning rate."}
+    )
     num_candidates: int | None = field(
         default=None, metadata={"help": "Candidates per decision in the evaluation; the preset's by default."}
     )
@@ -58,13 +67,19 @@ class AlignArguments:
         """The run's settings, with the preset's values where nothing was said."""
         get_task(self.task)
         preset = PRESETS[self.task](self.controller, self.sampler)
-        _require_positive(self, "num_passes", "num_evaluation_episodes", "num_validation_episodes", "num_candidates")
+        _require_positive(self, "num_evaluation_episodes", "num_validation_episodes", "num_candidates")
         if not 0 < self.training_scale < math.inf:
             raise ValueError(f"`training_scale` must be positive and finite, got {self.training_scale}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         methods = tuple(self.methods or preset.methods)
-        AlignmentConfig(methods=list(methods))  # refuses unknown ones before anything is trained
+        AlignmentConfig(  # refuses what is wrong before anything is trained
+            methods=list(methods),
+            max_passes=self.max_passes,
+            min_gain=self.min_gain,
+            validations_per_stage=self.validations_per_stage,
+            num_retries=self.num_retries,
+        )
         if "ddpo" in methods and SAMPLERS[self.sampler][0]["eta"] == 0:
             raise ValueError(
                 f"`methods` has ddpo, which needs noise in each step: `sampler` {self.sampler!r} adds none."
@@ -75,7 +90,10 @@ class AlignArguments:
             sampler=self.sampler,
             seed=self.seed,
             methods=methods,
-            num_passes=self.num_passes,
+            max_passes=self.max_passes,
+            min_gain=self.min_gain,
+            validations_per_stage=self.validations_per_stage,
+            num_retries=self.num_retries,
             num_candidates=self.num_candidates or preset.num_candidates,
             num_validation_episodes=self.num_validation_episodes,
             num_evaluation_episodes=self.num_evaluation_episodes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -45,7 +46,9 @@ class RunSettings:
         sampler: one of `presets.SAMPLERS`.
         seed: of data, networks and training.
         methods: alignment methods of one pass.
-        num_passes: passes through them.
+        max_passes: passes through them at most.
+        min_gain: a pass that raises the validated return by a smaller share is the last.
+        validations_per_stage: see `AlignmentConfig`; likewise `num_retries`.
         num_candidates: candidates per decision in the evaluation.
         num_validation_episodes: episodes after each stage.
         num_evaluation_episodes: episodes of the reported figures.
@@ -58,7 +61,10 @@ class RunSettings:
     sampler: str
     seed: int
     methods: tuple[str, ...]
-    num_passes: int
+    max_passes: int
+    min_gain: float
+    validations_per_stage: int
+    num_retries: int
     num_candidates: int
     num_validation_episodes: int
     num_evaluation_episodes: int
@@ -95,8 +101,9 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
     before = _evaluations(settings, task, pipeline, "before")
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
-    _say(f"alignment: {settings.num_passes} × ({' → '.join(settings.methods)})")
+    _say(f"alignment: at most {settings.max_passes} × ({' → '.join(settings.methods)})")
     stages = aligner.run()
+    _say(f"alignment is over: {aligner.end_reason}")
     seconds_before += sum(stage.wall_seconds for stage in stages[: aligner.num_resumed])
     after = _evaluations(settings, task, pipeline, "after")
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
@@ -231,7 +238,10 @@ def _aligner(
         AlignmentConfig(
             output_dir=str(output_dir),
             methods=list(settings.methods),
-            num_passes=settings.num_passes,
+            max_passes=settings.max_passes,
+            min_gain=settings.min_gain,
+            validations_per_stage=settings.validations_per_stage,
+            num_retries=settings.num_retries,
             seed=settings.seed,
         ),
         train_dataset=episodes,
@@ -293,7 +303,7 @@ def _report(
         "sampler": settings.sampler,
         "seed": settings.seed,
         "training_scale": settings.training_scale,
-        "methods": f"{settings.num_passes} × ({' → '.join(settings.methods)})",
+        "methods": f"{math.ceil((len(stages) - 1) / len(settings.methods))} × ({' → '.join(settings.methods)})",
         "num_candidates": settings.num_candidates,
         "return_before": before[main].statistics.mean,
         "return_after": after[main].statistics.mean,

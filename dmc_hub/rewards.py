@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+
+class NonFiniteRewardError(ValueError):
+    """A reward function returned NaN or infinity."""
+
+
 RewardFunction = Callable[[Tensor, Tensor], Any]
 """`(observations, actions) -> rewards` in the environment's units: `(B, T, observation_dim)` and `(B, T, action_dim)`
 to `B` finite numbers, as a tensor, array or list. A planner's observations are the planned ones (`T` is the horizon),
@@ -46,7 +51,7 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
     """Call a reward function and check what it returns: float32 of shape `(B,)` on the actions' device.
 
     Raises:
-        ValueError: the wrong number of rewards, or NaN or infinite ones.
+        ValueError: the wrong number of rewards, or (`NonFiniteRewardError`) NaN or infinite ones.
         FloatingPointError: the samples to be rewarded are not finite: the controller has collapsed.
     """
     for name, values in (("actions", actions), ("observations", observations)):
@@ -67,7 +72,7 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
         )
     if not torch.isfinite(rewards).all():
         bad = (~torch.isfinite(rewards)).nonzero().flatten()
-        raise ValueError(
+        raise NonFiniteRewardError(
             f"`reward_function` returned {rewards[bad[0]].item()} for {len(bad)} of {len(rewards)} samples, the first "
             f"at index {int(bad[0])}: return finite numbers."
         )

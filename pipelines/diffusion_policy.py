@@ -153,6 +153,10 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """None: every entry of an action sequence is free."""
         return None
 
+    def inpaint(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The latents as they are: nothing is fixed."""
+        return latents
+
     def predict(
         self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
     ) -> Tensor:

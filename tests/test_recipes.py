@@ -19,7 +19,7 @@ from dmc_hub.recipes import _alone_in
 from dmc_hub.report import _label
 from dmc_hub.tasks import get_task
 
-SMALL = ["--training-scale", "0.01", "--num-passes", "1", "--num-evaluation-episodes", "8"]
+SMALL = ["--training-scale", "0.01", "--max-passes", "1", "--num-evaluation-episodes", "8"]
 SMALL += ["--num-validation-episodes", "8"]
 
 
@@ -125,7 +125,7 @@ def test_an_unknown_task_is_answered_with_the_list(tmp_path: Path, capsys: pytes
         ("--methods", "ppo", "`methods` must be a list of ddpo, reward_gradient, dpo, sft; got ['ppo']"),
         ("--methods=ddpo", "--sampler=ddim", "`methods` has ddpo, which needs noise in each step"),
         ("--num-candidates", "0", "`num_candidates` must be at least 1, got 0"),
-        ("--num-passes", "-1", "`num_passes` must be at least 1, got -1"),
+        ("--max-passes", "-1", "`max_passes` must be at least 1, got -1"),
         ("--training-scale", "nan", "`training_scale` must be positive and finite, got nan"),
         ("--training-scale", "inf", "`training_scale` must be positive and finite, got inf"),
         ("--seed", "-1", "`seed` must not be negative, got -1"),

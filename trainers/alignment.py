@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
-from dmc_hub.rewards import RewardFunction
+from dmc_hub.divergence import candidate_spread, denoising_kl
+from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
@@ -47,14 +52,43 @@ class AlignmentConfig:
         default_factory=lambda: ["ddpo", "dpo", "sft"],
         metadata={"help": f"Methods of one pass, in order; from {', '.join(METHODS)}."},
     )
-    num_passes: int = field(default=2, metadata={"help": "Passes through the methods."})
+    max_passes: int = field(default=3, metadata={"help": "Passes through the methods at most."})
+    min_gain: float = field(
+        default=0.01,
+        metadata={"help": "A pass that raises the best return by less than this share of it is the last."},
+    )
+    validations_per_stage: int = field(
+        default=4, metadata={"help": "Validations of a stage, evenly over its steps; the stage ends at the best one."}
+    )
+    patience: int = field(
+        default=2, metadata={"help": "A stage has converged after so many validations without a better return."}
+    )
     max_return_drop: float = field(
         default=0.02, metadata={"help": "A stage that ends below (1 - this) times the best return is rolled back."}
     )
     max_coherency_drop: float = field(
         default=0.1,
-        metadata={"help": "A stage that ends below (1 - this) times the foundation's coherency is rolled back."},
+        metadata={"help": "States below (1 - this) times the foundation's coherency are not kept."},
     )
+    max_divergence: float | None = field(
+        default=None,
+        metadata={"help": "delta of Eq. 6: states of a larger denoising KL to the foundation, in nats, are not kept."},
+    )
+    min_diversity: float | None = field(
+        default=None,
+        metadata={"help": "States whose candidates spread less than this share of the foundation's are not kept."},
+    )
+    collapse_drop: float = field(
+        default=0.2, metadata={"help": "A return below (1 - this) times the best is a collapse and ends the stage."}
+    )
+    spike_factor: float = field(
+        default=1000.0,
+        metadata={"help": "A gradient so many times the median of the stage's steps before it is a collapse."},
+    )
+    num_retries: int = field(
+        default=1, metadata={"help": "Times a collapsed stage is tried again, at a lower learning rate."}
+    )
+    retry_learning_rate: float = field(default=0.3, metadata={"help": "Factor on the learning rate of each retry."})
     learning_rate_decay: float = field(
         default=0.5, metadata={"help": "Factor on a method's learning rate after each of its stages."}
     )
@@ -64,18 +98,47 @@ class AlignmentConfig:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"`methods` must be a list of {', '.join(METHODS)}; got {self.methods}.")
-        if self.num_passes < 1:
-            raise ValueError(f"`num_passes` must be at least 1, got {self.num_passes}.")
-        for name in ("max_return_drop", "max_coherency_drop"):
+        for name in ("max_passes", "validations_per_stage", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("min_gain", "max_return_drop", "max_coherency_drop", "collapse_drop", "num_retries"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
-        if not 0 < self.learning_rate_decay <= 1:
-            raise ValueError(f"`learning_rate_decay` must lie in (0, 1], got {self.learning_rate_decay}.")
+        for name in ("max_divergence", "spike_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        for name in ("learning_rate_decay", "retry_learning_rate", "min_diversity"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One validation.
+
+    Attributes:
+        step: optimizer step of the stage.
+        return_mean: of the validation; likewise `return_std` and `coherency`.
+        divergence: `denoising_kl` to the foundation, in nats per entry.
+        diversity: `candidate_spread`.
+    """
+
+    step: int
+    return_mean: float
+    return_std: float
+    coherency: float | None
+    divergence: float
+    diversity: float
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage did. `decision` is "start", "kept" or "rolled back", `reason` says why."""
+    """What one stage did. `decision` is "start", "kept" or "rolled back", `reason` says why.
+
+    The figures are those of the state that was kept, or of what was discarded.
+    """
 
     stage: int
     name: str
@@ -85,16 +148,26 @@ class StageResult:
     return_std: float
     coherency: float | None
     wall_seconds: float
+    divergence: float = 0.0
+    diversity: float = 0.0
+    num_steps: int = 0
+    learning_rate: float | None = None
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    retries: list[str] = field(default_factory=list)
     train_metrics: dict[str, float] = field(default_factory=dict)
 
 
 class SequentialAligner:
-    """Runs passes of alignment methods one after the other on one LoRA (section 3.5 of arXiv:2502.12198).
+    """Runs passes of alignment methods one after the other on one LoRA (section 3.5 of arXiv:2502.12198), by itself.
 
-    After each stage the controller is validated. A stage whose loss became NaN, whose samples were all rejected, whose
-    return fell or whose coherency left its bound is rolled back to the best state; at the end the best state of all
-    stages is restored. Finished stages are written to `output_dir` one by one, each in one step; an interrupted run
-    continues after the last. It runs in one process.
+    The controller is validated as a stage goes on. A stage ends when its steps are done, when it has converged, when it
+    has left a bound (coherency, divergence from the foundation, diversity) or when it has collapsed (NaN, a spike of
+    the gradient, a lost return); the best of its states within the bounds goes on, or the state before it if there is
+    none. A collapsed stage is tried again at a lower learning rate. Passes go on until one gains next to nothing, and
+    the best state of all is restored.
+
+    Finished stages are written to `output_dir` one by one, each in one step, and checkpoints on the way: an interrupted
+    run continues where it was. It runs in one process.
 
     Args:
         pipeline: a foundation with a critic; after `run` it carries the adapter.
@@ -133,12 +206,13 @@ class SequentialAligner:
         self.callbacks = callbacks
         self.results: list[StageResult] = []
         self.num_resumed = 0  # how many of the results an earlier process left
+        self.end_reason = ""
         self._best: tuple[float, dict[str, Tensor]] = (float("-inf"), {})
 
     @property
     def stage_names(self) -> list[str]:
         """The methods of all passes in order."""
-        return self.config.methods * self.config.num_passes
+        return self.config.methods * self.config.max_passes
 
     def run(self) -> list[StageResult]:
         """Align, and return one result per stage, the foundation's first."""
@@ -146,75 +220,171 @@ class SequentialAligner:
             self.pipeline.add_lora(self.peft_config, seed=self.config.seed)
         self._resume()
         if not self.results:
-            self._finish(StageResult(0, "foundation", "start", "before alignment", **self._validated(0.0)))
-        for stage in range(len(self.results), len(self.stage_names) + 1):
+            self._finish(_result(0, "foundation", "start", "before alignment", self.measure(0)))
+        while not self._is_over():
+            stage = len(self.results)
             self._run_stage(stage, self.stage_names[stage - 1])
+        self._write_log()
         self._set_adapter(self._best[1])
         return self.results
 
-    def _run_stage(self, stage: int, method: str) -> None:
-        start = time.perf_counter()
-        metrics: dict[str, float] = {}
-        try:
-            metrics = self._train(stage, method)
-            measured = self._validated(start)
-            reason = self._collapse(measured)
-        except (FloatingPointError, NoSamplesLeftError) as error:  # FloatingPointError: NaN in the loss or in samples
-            reason, measured = str(error), {}
-        if reason:
-            self._set_adapter(self._best[1])
-            measured = measured or self._validated(start)
-        decision = "rolled back" if reason else "kept"
-        self._finish(StageResult(stage, method, decision, reason or "within bounds", **measured, train_metrics=metrics))
+    def measure(self, step: int) -> Measured:
+        """Validate the controller as it is.
 
-    def _train(self, stage: int, method: str) -> dict[str, float]:
-        trainer_type, config_type = METHODS[method]
-        earlier = self.stage_names[: stage - 1].count(method)
-        config: Any = self.stage_configs.get(method) or config_type(output_dir=None)
-        decay = self.config.learning_rate_decay**earlier
-        config = dataclasses.replace(
-            config, seed=self.config.seed * 1000 + stage, learning_rate=config.learning_rate * decay
+        Raises:
+            FloatingPointError: it generates NaN: the last update, whose gradient was finite, left weights that are not.
+        """
+        was_training = self.pipeline.denoiser.training
+        self.pipeline.denoiser.eval()
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                condition = self._conditions()
+                diversity = candidate_spread(self.pipeline, condition, seed=self.config.seed)
+                if not math.isfinite(diversity):
+                    raise FloatingPointError("The controller generates NaN or infinite actions: its weights collapsed.")
+                divergence = denoising_kl(self.pipeline, condition, seed=self.config.seed)
+                measured = self.validate(self.pipeline)
+        finally:
+            self.pipeline.denoiser.train(was_training)
+        coherency = measured.get("coherency")
+        return Measured(
+            step=step,
+            return_mean=float(measured["return_mean"]),
+            return_std=float(measured["return_std"]),
+            coherency=None if coherency is None else float(coherency),
+            divergence=divergence,
+            diversity=diversity,
         )
-        trainer = trainer_type(
+
+    def violation(self, measured: Measured) -> str:
+        """Which bound the state breaks; empty if none."""
+        foundation, config = self.results[0], self.config
+        if not math.isfinite(measured.return_mean):
+            return f"return is {measured.return_mean}"
+        if measured.coherency is not None and foundation.coherency is not None:
+            bound = (1 - config.max_coherency_drop) * foundation.coherency
+            if not measured.coherency >= bound:
+                return f"coherency {measured.coherency:.3f} fell below {bound:.3f}"
+        if config.max_divergence is not None and not measured.divergence <= config.max_divergence:
+            return f"divergence {measured.divergence:.3f} rose above {config.max_divergence:.3f}"
+        if config.min_diversity is not None and not measured.diversity >= config.min_diversity * foundation.diversity:
+            return f"diversity {measured.diversity:.3f} fell below {config.min_diversity * foundation.diversity:.3f}"
+        return ""
+
+    def collapse(self, measured: Measured) -> str:
+        """Whether the return has collapsed, in words; empty if it has not."""
+        bound = self._best[0] - self.config.collapse_drop * abs(self._best[0])
+        return f"return {measured.return_mean:.3f} fell below {bound:.3f}" if measured.return_mean < bound else ""
+
+    def _is_over(self) -> bool:
+        """After the last pass, and after one that gained too little."""
+        done, length = len(self.results) - 1, len(self.config.methods)
+        if done and done % length == 0:
+            before, after = (self._best_return(count) for count in (done - length + 1, done + 1))
+            gain = (after - before) / max(abs(before), 1e-12)
+            if gain < self.config.min_gain:
+                self.end_reason = (
+                    f"pass {done // length} raised the return by {gain:.1%}, less than {self.config.min_gain:.1%}"
+                )
+                return True
+        if done == len(self.stage_names):
+            self.end_reason = f"all {self.config.max_passes} passes are done"
+        return done == len(self.stage_names)
+
+    def _best_return(self, count: int) -> float:
+        """The best of the first `count` results that were not discarded."""
+        return max(row.return_mean for row in self.results[:count] if row.decision != "rolled back")
+
+    def _run_stage(self, stage: int, method: str) -> None:
+        start, retries = time.perf_counter(), list[str]()
+        attempt, before = self._first_attempt(stage, method), self._adapter()
+        while True:
+            config = self._stage_config(stage, method, attempt)
+            trainer = self._trainer(method, config)
+            watch = _StageWatch(self, trainer, self._work_folder(stage, method, attempt))
+            try:
+                self._train(trainer, watch)
+            except (FloatingPointError, NonFiniteRewardError, NoSamplesLeftError) as error:
+                watch.collapse = str(error)  # FloatingPointError: NaN in loss, gradient or samples
+            if not (watch.collapse and watch.best is None) or attempt >= self.config.num_retries:
+                break
+            retries.append(watch.collapse)
+            self._set_adapter(before)
+            attempt += 1
+        decision, reason, measured = self._decide(watch)
+        result = _result(
+            stage,
+            method,
+            decision,
+            reason,
+            measured,
+            wall_seconds=time.perf_counter() - start,
+            num_steps=watch.step,
+            learning_rate=config.learning_rate,
+            validations=[dataclasses.asdict(row) for row in watch.validations],
+            retries=retries,
+            train_metrics=_last_metrics(trainer),
+        )
+        self._finish(result)
+        self._remove_work_folders(stage, method)
+
+    def _decide(self, watch: _StageWatch) -> tuple[str, str, Measured]:
+        """Keep the stage's best state, or go back to the best of all."""
+        bound = self._best[0] - self.config.max_return_drop * abs(self._best[0])
+        problem = watch.collapse or watch.violation
+        if watch.best is not None and watch.best[0].return_mean >= bound:
+            measured, adapter = watch.best
+            self._set_adapter(adapter)
+            ended = problem or watch.converged
+            return "kept", f"within bounds at step {measured.step}; {ended}" if ended else "within bounds", measured
+        self._set_adapter(self._best[1])
+        last = watch.validations[-1] if watch.validations else self.measure(watch.step)
+        return "rolled back", problem or f"return {last.return_mean:.3f} fell below {bound:.3f}", last
+
+    def _stage_config(self, stage: int, method: str, attempt: int) -> Any:
+        config_type = METHODS[method][1]
+        config: Any = self.stage_configs.get(method) or config_type(output_dir=None)
+        earlier = self.stage_names[: stage - 1].count(method)
+        factor = self.config.learning_rate_decay**earlier * self.config.retry_learning_rate**attempt
+        changes: dict[str, Any] = {
+            "seed": self.config.seed * 1000 + stage + 100 * attempt,
+            "learning_rate": config.learning_rate * factor,
+        }
+        if self.config.output_dir is not None and self.config.validations_per_stage > 1:
+            changes["output_dir"] = str(self._work_folder(stage, method, attempt))
+            changes["save_strategy"] = "steps"
+            changes["save_steps"] = self._interval(config.max_steps)
+        return dataclasses.replace(config, **changes)
+
+    def _interval(self, max_steps: int) -> int:
+        return math.ceil(max_steps / self.config.validations_per_stage)
+
+    def _trainer(self, method: str, config: Any) -> SamplingTrainer:
+        return METHODS[method][0](
             self.pipeline,
             config,
             train_dataset=self.train_dataset,
             reward_function=self.reward_function,
             callbacks=self.callbacks,
         )
-        trainer.train()
-        self._check_samples(trainer)
-        rows = [row for row in trainer.history if "train_runtime" not in row]
-        return {name: float(value) for row in rows for name, value in row.items()}
 
-    def _check_samples(self, trainer: SamplingTrainer) -> None:
-        """Raise a FloatingPointError if the last update, whose gradient was finite, left a controller that is not."""
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            samples = self.pipeline.sample(trainer.conditions(64, generator), generator=generator)
-        if not torch.isfinite(samples).all():
-            raise FloatingPointError("The controller generates NaN or infinite actions: its weights have collapsed.")
+    def _train(self, trainer: SamplingTrainer, watch: _StageWatch) -> None:
+        """Train to the end of the stage, from the last checkpoint of an interrupted run."""
+        saves = trainer.args.save_strategy != "no"
+        newest = checkpoint.latest_checkpoint(trainer.args.output_dir) if saves else None
+        watch.begin(
+            self._interval(trainer.args.max_steps), None if newest is None else int(newest.name.rpartition("-")[2])
+        )
+        trainer.add_callback(watch)
+        if not watch.is_over:
+            trainer.train(resume_from_checkpoint=newest is not None)
 
-    def _validated(self, start: float) -> dict[str, Any]:
-        measured = self.validate(self.pipeline)
-        return {
-            "return_mean": float(measured["return_mean"]),
-            "return_std": float(measured["return_std"]),
-            "coherency": None if measured.get("coherency") is None else float(measured["coherency"]),
-            "wall_seconds": time.perf_counter() - start if start else 0.0,
-        }
-
-    def _collapse(self, measured: Mapping[str, Any]) -> str:
-        """Why the stage cannot be kept; empty if it can."""
-        best_return, coherency, foundation = self._best[0], measured["coherency"], self.results[0].coherency
-        bound = best_return - self.config.max_return_drop * abs(best_return)
-        if not measured["return_mean"] >= bound:
-            return f"return {measured['return_mean']:.3f} fell below {bound:.3f}"
-        if coherency is not None and foundation is not None:
-            bound = (1 - self.config.max_coherency_drop) * foundation
-            if coherency < bound:
-                return f"coherency {coherency:.3f} fell below {bound:.3f}"
-        return ""
+    def _conditions(self) -> dict[str, Tensor]:
+        """The same 64 conditions from the data in every validation."""
+        windows = self.train_dataset.windows(self.pipeline.config.horizon, self.pipeline.num_observation_steps)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        rows = torch.randint(len(windows), (64,), generator=generator)
+        return self.pipeline.observation_condition(windows.history(rows).to(self.pipeline.denoiser.device))
 
     def _finish(self, result: StageResult) -> None:
         """Remember the stage, and the adapter if it is the best so far; write both in one step."""
@@ -235,9 +405,14 @@ class SequentialAligner:
         self._write_log()
 
     def _write_log(self) -> None:
-        path = Path(str(self.config.output_dir)) / "alignment_log.jsonl"
+        if self.config.output_dir is None:
+            return
+        path = Path(self.config.output_dir) / "alignment_log.jsonl"
+        rows = [dataclasses.asdict(row) for row in self.results]
+        if self.end_reason:
+            rows.append({"name": "end", "decision": "stopped", "reason": self.end_reason})
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in self.results))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(temporary, path)
 
     def _resume(self) -> None:
@@ -273,6 +448,22 @@ class SequentialAligner:
     def _stage_folder(self, stage: int, name: str) -> Path:
         return Path(str(self.config.output_dir)) / "stages" / f"{stage:02d}-{name}"
 
+    def _work_folder(self, stage: int, name: str, attempt: int) -> Path:
+        """Where a stage that is not finished keeps its checkpoints and validations."""
+        return Path(str(self.config.output_dir)) / "unfinished" / f"{stage:02d}-{name}-{attempt}"
+
+    def _first_attempt(self, stage: int, method: str) -> int:
+        """The attempt that an interrupted run was at."""
+        if self.config.output_dir is None:
+            return 0
+        attempts = range(self.config.num_retries + 1)
+        return max((i for i in attempts if self._work_folder(stage, method, i).is_dir()), default=0)
+
+    def _remove_work_folders(self, stage: int, method: str) -> None:
+        if self.config.output_dir is not None:
+            for attempt in range(self.config.num_retries + 1):
+                shutil.rmtree(self._work_folder(stage, method, attempt), ignore_errors=True)
+
     def _load_adapter(self, folder: Path) -> None:
         self.pipeline.unload_lora()
         self.pipeline.load_lora_weights(folder)
@@ -284,6 +475,97 @@ class SequentialAligner:
     def _set_adapter(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             set_peft_model_state_dict(self.pipeline.denoiser, state)
+
+
+class _StageWatch(TrainerCallback):
+    """Validates the controller while a stage trains, remembers its best state, and says when to end the stage.
+
+    What it has seen is written to the stage's work folder before each checkpoint, so that a resumed stage sees it too.
+    """
+
+    def __init__(self, aligner: SequentialAligner, trainer: SamplingTrainer, folder: Path) -> None:
+        self.aligner = aligner
+        self.trainer = trainer
+        self.folder = folder
+        self.validations: list[Measured] = []
+        self.best: tuple[Measured, dict[str, Tensor]] | None = None
+        self.collapse = self.violation = self.converged = ""
+        self.interval = 1
+        self._norms: list[float] = []
+
+    @property
+    def step(self) -> int:
+        """The last step that was validated."""
+        return self.validations[-1].step if self.validations else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stage should end here."""
+        return bool(self.collapse or self.violation or self.converged)
+
+    def begin(self, interval: int, resumed_step: int | None) -> None:
+        """Before training: take up what was seen until the checkpoint that training resumes from."""
+        self.interval = interval
+        if resumed_step is None:
+            return
+        seen = [Measured(**row) for row in checkpoint.load_json(self.folder / "validations.json")]
+        for measured in seen:
+            if measured.step <= resumed_step:
+                self._judge(measured, partial(checkpoint.load_tensors, self._best_file(measured.step)))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        spike = self._spike(self.trainer.grad_norm, state.global_step)
+        if not spike and state.global_step % self.interval and state.global_step < state.max_steps:
+            return
+        if spike:
+            self.collapse = spike
+        else:
+            self._judge(self.aligner.measure(state.global_step), self.aligner._adapter)
+        control.should_training_stop = control.should_training_stop or self.is_over
+        self._write(state.global_step)
+
+    def _spike(self, norm: float, step: int) -> str:
+        """Whether the gradient is out of all proportion to those of the stage's steps so far, in words."""
+        usual = statistics.median(self._norms[-50:]) if len(self._norms) >= 3 else 0.0
+        self._norms.append(norm)
+        if 0 < usual * self.aligner.config.spike_factor < norm:
+            return f"gradient of norm {norm:.3g} at step {step}, usually {usual:.3g}"
+        return ""
+
+    def _judge(self, measured: Measured, adapter: Callable[[], dict[str, Tensor]]) -> None:
+        self.validations.append(measured)
+        self.violation = self.aligner.violation(measured)
+        self.collapse = "" if self.violation else self.aligner.collapse(measured)
+        if self.is_over:
+            return
+        if self.best is None or measured.return_mean > self.best[0].return_mean:
+            self.best = (measured, adapter())
+        waited = sum(row.step > self.best[0].step for row in self.validations)
+        if waited >= self.aligner.config.patience:
+            self.converged = f"converged: {waited} validations without a better return"
+
+    def _best_file(self, step: int) -> Path:
+        return self.folder / f"best-{step}.safetensors"
+
+    def _write(self, step: int) -> None:
+        if self.aligner.config.output_dir is None or self.aligner.config.validations_per_stage == 1:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.best is not None and self.best[0].step == step:
+            checkpoint.save_tensors(self._best_file(step), self.best[1])
+        temporary = self.folder / f".validations.json.{os.getpid()}"
+        checkpoint.save_json(temporary, [dataclasses.asdict(row) for row in self.validations])
+        os.replace(temporary, self.folder / "validations.json")
+
+
+def _last_metrics(trainer: SamplingTrainer) -> dict[str, float]:
+    rows = [row for row in trainer.history if "train_runtime" not in row]
+    return {name: float(value) for row in rows for name, value in row.items()}
+
+
+def _result(stage: int, name: str, decision: str, reason: str, measured: Measured, **others: Any) -> StageResult:
+    figures = {key: value for key, value in dataclasses.asdict(measured).items() if key != "step"}
+    return StageResult(stage, name, decision, reason, **{"wall_seconds": 0.0, **figures, **others})
 
 
 def refuse_several_processes(name: str) -> None:

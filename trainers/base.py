@@ -175,6 +175,7 @@ class DiffusionTrainer(Trainer, ABC):
         self._step_report = torch.zeros(2, device=args.device)
         self._stop_requested = False
         self._stop_agreed = False
+        self.grad_norm = 0.0  # of the last step, before clipping
 
     # ---- What an algorithm defines -------------------------------------------------------------------------
 
@@ -350,7 +351,7 @@ class DiffusionTrainer(Trainer, ABC):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self._step_report.device)
         norm_value, loss, stop = torch.cat([norm.reshape(1), self._step_report]).tolist()
-        self._stop_agreed = stop > 0
+        self._stop_agreed, self.grad_norm = stop > 0, norm_value
         scaler = self.accelerator.scaler
         # A loss scaler skips steps with infinite gradients by itself.
         is_scaled = scaler is not None and scaler.is_enabled()

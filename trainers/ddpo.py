@@ -48,8 +48,8 @@ class DDPOConfig(SamplingConfig):
     credit: Literal["noise_level", "uniform", "decreasing"] = field(
         default="noise_level",
         metadata={
-            "help": "Weights kappa_t of the denoising steps: proportional to the transition's std in units of the noisy "
-            "sample's own scale sqrt(alpha^2 + sigma^2), equal, or linearly decreasing from the noisiest step."
+            "help": "Weights kappa_t of the denoising steps: proportional to the transition's std in units of the "
+            "noisy sample's scale sqrt(alpha^2 + sigma^2), equal, or linearly decreasing from the noisiest step."
         },
     )
     batches_per_rollout: int = field(default=1, metadata={"help": "Micro-batches sampled before training on them."})

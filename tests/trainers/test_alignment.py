@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
+from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult
-from dmc_hub.trainers.dpo import DiffusionDPOConfig
+from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig
 from dmc_hub.trainers.sft import SFTConfig
 
@@ -52,7 +55,14 @@ def make_aligner(
         pipeline,
         AlignmentConfig(
             output_dir=None if output_dir is None else str(output_dir),
-            **{"methods": ["reward_gradient", "dpo", "sft"], "num_passes": 1, "max_return_drop": 0.05, **settings},
+            **{
+                "methods": ["reward_gradient", "dpo", "sft"],
+                "max_passes": 1,
+                "validations_per_stage": 1,
+                "num_retries": 0,
+                "max_return_drop": 0.05,
+                **settings,
+            },
         ),
         train_dataset=episodes,
         validate=mean_action_validation(episodes),
@@ -63,6 +73,26 @@ def make_aligner(
 
 def adapter(pipeline: Any) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in pipeline.denoiser.state_dict().items() if ".lora_" in k}
+
+
+class Stop(TrainerCallback):
+    """Dies at one validated step of one stage, before or after its checkpoint is written."""
+
+    def __init__(self, stage: int, step: int, event: str) -> None:
+        self.stage, self.step, self.event, self.started = stage, step, event, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started += 1
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._die("begin", state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._die("end", state.global_step)
+
+    def _die(self, event: str, step: int) -> None:
+        if (self.stage, self.step, self.event) == (self.started, step, event):
+            raise KeyboardInterrupt
 
 
 def without_time(results: list[StageResult]) -> list[dict[str, Any]]:
@@ -79,7 +109,8 @@ def test_a_pass_improves_and_ends_at_its_best_state(
     assert best > results[0].return_mean + 0.2
     assert mean_action_validation(episodes)(pipeline)["return_mean"] == best
     log = [json.loads(line) for line in (tmp_path / "alignment_log.jsonl").read_text().splitlines()]
-    assert [row["decision"] for row in log] == [row.decision for row in results]
+    assert [row["decision"] for row in log] == [*(row.decision for row in results), "stopped"]
+    assert log[-1]["reason"] == "all 1 passes are done"
 
 
 def test_nan_ends_in_rollback_with_its_reason(make_pipeline: MakePipeline, episodes: Episodes) -> None:
@@ -118,10 +149,10 @@ def test_an_interrupted_alignment_continues_and_ends_the_same(
     interrupted = make_aligner(make_pipeline("policy"), episodes, tmp_path / "cut")
     train = interrupted._train
 
-    def die_in_the_second_stage(stage: int, method: str) -> dict[str, float]:
-        if stage == 2:
+    def die_in_the_second_stage(trainer: Any, watch: Any) -> None:
+        if isinstance(trainer, DiffusionDPOTrainer):
             raise KeyboardInterrupt
-        return train(stage, method)
+        train(trainer, watch)
 
     interrupted._train = die_in_the_second_stage  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -139,3 +170,144 @@ def test_unknown_methods_and_foreign_configs_are_refused(make_pipeline: MakePipe
         AlignmentConfig(methods=["ppo"])
     with pytest.raises(ValueError, match="`stage_configs` has 'dpo': SFTConfig"):
         make_aligner(make_pipeline("policy"), episodes, configs={"dpo": SFTConfig(**SMALL)})
+
+
+@pytest.mark.parametrize(("stage", "step", "event"), [(1, 6, "begin"), (1, 6, "end"), (2, 9, "begin"), (2, 10, "end")])
+def test_a_stage_continues_from_its_last_checkpoint(
+    stage: int, step: int, event: str, make_pipeline: MakePipeline, episodes: Episodes, tmp_path: Path
+) -> None:
+    """`begin` dies after the checkpoint of that step, if it has one, `end` after its validation and before it."""
+    settings: dict[str, Any] = {"validations_per_stage": 4, "methods": ["reward_gradient", "dpo"]}
+    whole = make_pipeline("policy")
+    expected = make_aligner(whole, episodes, tmp_path / "whole", **settings).run()
+    interrupted = make_aligner(make_pipeline("policy"), episodes, tmp_path / "cut", **settings)
+    stop = Stop(stage, step, event)
+    interrupted.callbacks = [stop]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    work = next((tmp_path / "cut" / "unfinished").iterdir())
+    assert checkpoint.checkpoints(str(work))
+    resumed = make_pipeline("policy")
+    results = make_aligner(resumed, episodes, tmp_path / "cut", **settings).run()
+    assert without_time(results) == without_time(expected)
+    assert len(results[1].validations) == 4
+    for name, value in adapter(whole).items():
+        assert torch.equal(value, adapter(resumed)[name]), name
+    assert not list((tmp_path / "cut" / "unfinished").iterdir())
+
+
+class Script:
+    """A validation that returns what it was told, one row after the other."""
+
+    def __init__(self, *rows: Any) -> None:
+        self.rows = list(rows)
+
+    def __call__(self, pipeline: Any) -> dict[str, float]:
+        row = self.rows.pop(0)
+        mean, coherency = row if isinstance(row, tuple) else (row, 1.0)
+        return {"return_mean": mean, "return_std": 0.0, "coherency": coherency}
+
+
+def scripted(pipeline: Any, episodes: Episodes, *rows: Any, **settings: Any) -> SequentialAligner:
+    aligner = make_aligner(
+        pipeline, episodes, **{"methods": ["reward_gradient"], "validations_per_stage": 4, **settings}
+    )
+    aligner.validate = Script(*rows)
+    return aligner
+
+
+def test_a_stage_ends_at_its_best_validation_once_it_has_converged(
+    make_pipeline: MakePipeline, episodes: Episodes
+) -> None:
+    aligner = scripted(make_pipeline("policy"), episodes, 5.0, 6.0, 5.9, 5.9)
+    result = aligner.run()[1]
+    assert (result.decision, result.return_mean, result.num_steps) == ("kept", 6.0, 9)
+    assert result.reason == "within bounds at step 3; converged: 2 validations without a better return"
+
+
+def test_a_bound_ends_a_stage_at_the_last_state_within(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    pipeline = make_pipeline("policy")
+    aligner = scripted(pipeline, episodes, (5.0, 0.9), (6.0, 0.9), (7.0, 0.7))
+    result = aligner.run()[1]
+    assert (result.decision, result.return_mean) == ("kept", 6.0)
+    assert result.reason == "within bounds at step 3; coherency 0.700 fell below 0.810"
+
+
+def test_a_collapse_is_tried_again_at_a_lower_learning_rate(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    aligner = scripted(make_pipeline("policy"), episodes, 5.0, 3.0, 5.5, 5.6, 5.7, 5.8, num_retries=1)
+    result = aligner.run()[1]
+    assert (result.decision, result.return_mean) == ("kept", 5.8)
+    assert result.retries == ["return 3.000 fell below 4.000"]
+    assert result.learning_rate == pytest.approx(0.3 * 1e-2)
+
+
+def test_after_the_retries_a_collapsed_stage_is_given_up(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    pipeline = make_pipeline("policy")
+    aligner = scripted(pipeline, episodes, 5.0, 3.0, 3.5, num_retries=1)
+    result = aligner.run()[1]
+    assert (result.decision, result.reason) == ("rolled back", "return 3.500 fell below 4.000")
+    assert all(float(value.abs().max()) == 0 for name, value in adapter(pipeline).items() if "lora_B" in name)
+
+
+def test_passes_go_on_until_one_gains_too_little(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    settings: dict[str, Any] = {"validations_per_stage": 1, "max_passes": 5, "min_gain": 0.05}
+    aligner = scripted(make_pipeline("policy"), episodes, 5.0, 6.0, 7.0, 7.3, **settings)
+    assert [row.return_mean for row in aligner.run()] == [5.0, 6.0, 7.0, 7.3]
+    assert aligner.end_reason == "pass 3 raised the return by 4.3%, less than 5.0%"
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ({"max_divergence": 0.2}, r"divergence 0\.\d+ rose above 0.200"),
+        ({"min_diversity": 0.9}, "diversity .* fell below"),
+    ],
+)
+def test_divergence_and_diversity_keep_their_bounds(
+    bound: dict[str, Any], message: str, make_pipeline: MakePipeline, episodes: Episodes
+) -> None:
+    """Without the bound the same stage goes beyond it."""
+    settings: dict[str, Any] = {"methods": ["reward_gradient"], "validations_per_stage": 10, "patience": 10}
+    settings["configs"] = stage_configs(learning_rate=1e-3, max_steps=60)
+
+    def foundation_of_noise() -> Any:
+        pipeline = make_pipeline("policy")
+        torch.nn.init.normal_(pipeline.denoiser.head.weight, std=0.3)
+        return pipeline
+
+    free = make_aligner(foundation_of_noise(), episodes, **settings).run()
+    aligner = make_aligner(foundation_of_noise(), episodes, **settings, **bound)
+    foundation, bounded = aligner.run()
+    assert re.search(message, bounded.reason), bounded.reason
+    assert bounded.return_mean < free[1].return_mean
+    if "max_divergence" in bound:
+        assert bounded.divergence <= 0.2 < free[1].divergence
+    else:
+        assert bounded.diversity >= 0.9 * foundation.diversity > free[1].diversity
+
+
+@pytest.mark.parametrize("drill", ["nan", "reward", "learning_rate"])
+def test_collapse_drill(drill: str, make_pipeline: MakePipeline, episodes: Episodes, tmp_path: Path) -> None:
+    """A NaN, a reward of a millionfold size and a hundredfold learning rate cost at most 2 % of the return."""
+    count = iter(range(10_000))
+
+    def reward(observations: Tensor, actions: Tensor) -> Tensor:
+        value = prefers_positive(observations, actions)
+        if drill == "nan" and next(count) == 8:
+            return value * float("nan")
+        return value * (1e6 if drill == "reward" and next(count) >= 8 else 1.0)
+
+    configs = stage_configs(learning_rate=1e3 if drill == "learning_rate" else 1e-2)
+    settings: dict[str, Any] = {"validations_per_stage": 4, "num_retries": 1, "spike_factor": 100.0}
+    aligner = make_aligner(make_pipeline("policy"), episodes, tmp_path, configs, **settings)
+    aligner.reward_function = reward
+    results = aligner.run()
+    final = mean_action_validation(episodes)(aligner.pipeline)["return_mean"]
+    assert final >= 0.98 * results[0].return_mean
+    log = (tmp_path / "alignment_log.jsonl").read_text()
+    expected = {
+        "nan": "returned nan",
+        "reward": "gradient of norm",
+        "learning_rate": "fell below|NaN|gradient of norm",
+    }[drill]
+    assert re.search(expected, log)

@@ -185,7 +185,7 @@ def make_aligner(pipeline: Any, episodes: Episodes, output_dir: Path | None = No
         pipeline,
         AlignmentConfig(
             output_dir=None if output_dir is None else str(output_dir),
-            **{"methods": ["sft"], "num_passes": 1, **settings},
+            **{"methods": ["sft"], "max_passes": 1, "validations_per_stage": 1, "num_retries": 0, **settings},
         ),
         train_dataset=episodes,
         validate=validate,
@@ -212,7 +212,7 @@ def test_a_stage_without_samples_is_rolled_back(make_pipeline: MakePipeline, epi
     with pytest.raises(NoSamplesLeftError, match="All samples fall below") as refused:
         trainer.draw({**buffer, "accepted": torch.zeros_like(buffer["accepted"])}, 0, torch.Generator())
 
-    def reject_all(stage: int, method: str) -> dict[str, float]:
+    def reject_all(*_: Any) -> None:
         raise refused.value
 
     aligner = make_aligner(make_pipeline("policy"), episodes)
