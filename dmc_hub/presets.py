@@ -136,6 +136,7 @@ def nav1d(controller: str, sampler: str = "ddpm") -> Preset:
             stages={
                 "ddpo": {"max_steps": 300},
                 "reward_gradient": {"max_steps": 150},
+                "nft": {"max_steps": 200},
                 "dpo": {"max_steps": 200},
                 "sft": {"max_steps": 150, "steps_per_buffer": 75},
             },
@@ -150,6 +151,7 @@ def nav1d(controller: str, sampler: str = "ddpm") -> Preset:
         stages={
             "ddpo": {"max_steps": 80},
             "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
+            "nft": {"max_steps": 200, "per_device_train_batch_size": 128},
             "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
             "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
         },

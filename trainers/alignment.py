@@ -21,6 +21,7 @@ from dmc_hub.data import Episodes
 from dmc_hub.rewards import RewardFunction
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer
 from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
@@ -28,6 +29,7 @@ from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
 METHODS: dict[str, tuple[type[SamplingTrainer], type[SamplingConfig]]] = {
     "ddpo": (DDPOTrainer, DDPOConfig),
     "reward_gradient": (RewardGradientTrainer, RewardGradientConfig),
+    "nft": (NFTTrainer, NFTConfig),
     "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig),
     "sft": (SFTTrainer, SFTConfig),
 }
