@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
     from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+    from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
     from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
     from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
 
@@ -61,6 +62,8 @@ __all__ = [
     "IQLTrainer",
     "InverseDynamics",
     "LinearSchedule",
+    "NFTConfig",
+    "NFTTrainer",
     "Nav1DEnv",
     "NoiseSchedule",
     "Normalizer",
@@ -103,6 +106,7 @@ _NAMES_OF_MODULE = {
     "dmc_hub.trainers.denoising": ("DenoisingConfig", "DenoisingTrainer"),
     "dmc_hub.trainers.dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
     "dmc_hub.trainers.iql": ("IQLConfig", "IQLTrainer"),
+    "dmc_hub.trainers.nft": ("NFTConfig", "NFTTrainer"),
     "dmc_hub.trainers.reward_gradient": ("RewardGradientConfig", "RewardGradientTrainer"),
     "dmc_hub.trainers.sft": ("SFTConfig", "SFTTrainer"),
 }

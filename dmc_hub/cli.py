@@ -86,6 +86,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "backpropagate the critic through the last denoising steps",
             "dmc-hub train-reward-gradient --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/rg",
         ),
+        "train-nft": Command(
+            "dmc_hub.commands:train_nft",
+            "policy optimisation on noised samples: DiffusionNFT, advantage-weighted matching",
+            "dmc-hub train-nft --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/nft",
+        ),
         "train-dpo": Command(
             "dmc_hub.commands:train_dpo",
             "direct preference optimisation on ranked pairs",

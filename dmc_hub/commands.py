@@ -21,6 +21,7 @@ from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
 
@@ -215,6 +216,11 @@ def train_ddpo(arguments: StageArguments, config: DDPOConfig) -> None:
 def train_reward_gradient(arguments: StageArguments, config: RewardGradientConfig) -> None:
     """Align by the reward's own gradient."""
     _train_stage(RewardGradientTrainer, arguments, config)
+
+
+def train_nft(arguments: StageArguments, config: NFTConfig) -> None:
+    """Align by policy optimisation on the forward process."""
+    _train_stage(NFTTrainer, arguments, config)
 
 
 def train_dpo(arguments: StageArguments, config: DiffusionDPOConfig) -> None:

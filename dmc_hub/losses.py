@@ -14,11 +14,14 @@ def masked_mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
 
     `mask` (broadcastable, bool) selects the entries that count: in-painting fixed the others.
     """
-    square = error**2
+    return _masked_mean(error**2, mask)
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return square.flatten(1).mean(1)
-    counted = mask.expand_as(square)
-    return torch.where(counted, square, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        return values.flatten(1).mean(1)
+    counted = mask.expand_as(values)
+    return torch.where(counted, values, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -83,6 +86,48 @@ def ppo_clip_loss(
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
+def self_normalized_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean square over a constant mean magnitude, `mean(e^2) / sg(mean |e|)` per sample: `(B, ...)` to `(B,)`.
+
+    On errors of the clean sample this is DiffusionNFT's weighting of the noise levels (section 3.3 of
+    arXiv:2509.16117): every level's gradient is of order 1. `mask` as in `masked_mean_square`.
+    """
+    scale = _masked_mean(error.detach().abs(), mask).clamp(min=1e-5)
+    return masked_mean_square(error, mask) / scale
+
+
+def nft_loss(
+    prediction: Tensor,
+    old_prediction: Tensor,
+    target: Tensor,
+    optimality: Tensor,
+    *,
+    beta: float,
+    mask: Tensor | None = None,
+    self_normalized: bool = False,
+) -> Tensor:
+    """DiffusionNFT's contrast of an implicit positive and negative policy, Eq. 5 of arXiv:2509.16117; `(B,)`.
+
+    `r ||v+ - v||^2 + (1 - r) ||v- - v||^2` with `v+ = (1 - beta) v_old + beta v` and `v- = (1 + beta) v_old - beta v`,
+    where norms are means over the counted entries. Its minimum is `v_old + (2 / beta) E[r (target - v_old)]`
+    (Theorem 3.2 there). Every prediction type is affine in `v`, so the two branches are the same policies in all.
+
+    Args:
+        prediction: of the trained network, shape `(B, ...)`.
+        old_prediction: of the policy that sampled, no gradient.
+        target: of the clean sample and its noise, in the same terms.
+        optimality: `r` in `[0, 1]`, shape `(B,)`.
+        beta: share of the trained network in the positive branch; smaller ones take larger steps.
+        mask: entries that count, as in `masked_mean_square`.
+        self_normalized: weight each branch as `self_normalized_error` does.
+    """
+    difference = beta * (prediction - old_prediction)
+    norm = self_normalized_error if self_normalized else masked_mean_square
+    positive = norm(old_prediction + difference - target, mask)
+    negative = norm(old_prediction - difference - target, mask)
+    return optimality * positive + (1 - optimality) * negative
+
+
 def diffusion_dpo_loss(
     winner_error: Tensor,
     loser_error: Tensor,
@@ -91,17 +136,38 @@ def diffusion_dpo_loss(
     *,
     beta: float,
     weight: Tensor | float = 1.0,
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid",
 ) -> tuple[Tensor, Tensor]:
     """Diffusion-DPO, Eq. 11 and 12 of arXiv:2502.12198 (Wallace et al., 2023, arXiv:2311.12908).
 
     The errors are denoising errors `||eps - eps_theta(z_t, t)||^2`, shape `(B,)`, of the winning and the losing sample
     of each pair under the trained and the reference model, at the same time and noise. `beta` is the paper's gamma and
-    `weight` its `omega(lambda_t)`.
+    `weight` its `omega(lambda_t)`. `"ipo"` regresses the log-ratio `margin / beta` on `1 / (2 beta)` instead of pushing
+    it to infinity (Eq. 17 of arXiv:2310.12036, with `beta` for its tau).
 
     Returns:
-        The loss `-log sigmoid(margin)` per pair and the margin, whose sign is the implicit preference; both `(B,)`.
+        The loss per pair, `-log sigmoid(margin)` or IPO's, and the margin, whose sign is the implicit preference; both
+        `(B,)`.
     """
     winner = winner_error - winner_reference_error
     loser = loser_error - loser_reference_error
     margin = -beta * weight * (winner - loser)
-    return -F.logsigmoid(margin), margin
+    loss = -F.logsigmoid(margin) if loss_type == "sigmoid" else ((margin - 0.5) / beta) ** 2
+    return loss, margin
+
+
+def plackett_luce_loss(scores: Tensor, rewards: Tensor) -> Tensor:
+    """Negative log-likelihood of a ranking under Plackett and Luce's model, `(B, G)` to `(B,)`.
+
+    `-sum_i log(e^s_i / (e^s_i + sum_{j: r_j < r_i} e^s_j))`: each member is chosen before those below it; equal rewards
+    prefer nothing. With `s = -beta omega F` of Eq. 12 this is listwise Diffusion-DPO (Diffusion-LPO, arXiv:2510.01540),
+    and with two members `diffusion_dpo_loss`.
+
+    Args:
+        scores: implicit rewards, shape `(B, G)`, in any order.
+        rewards: of the same members; -inf marks places that are empty.
+    """
+    beaten = (rewards[:, :, None] > rewards[:, None, :]) & rewards.isfinite()[:, None, :]
+    below = torch.where(beaten, scores[:, None, :], float("-inf"))
+    choices = torch.cat([scores[:, :, None], below], dim=2)
+    return (torch.logsumexp(choices, dim=2) - scores).sum(1)

@@ -145,6 +145,7 @@ def nav1d(
             stages={
                 "ddpo": {"max_steps": 300},
                 "reward_gradient": {"max_steps": 150},
+                "nft": {"max_steps": 200},
                 "dpo": {"max_steps": 200},
                 "sft": {"max_steps": 150, "steps_per_buffer": 75},
             },
@@ -159,6 +160,7 @@ def nav1d(
         stages={
             "ddpo": {"max_steps": 80, "learning_rate": 1e-3 if sampler in ("sm", "fm") else 5e-4},
             "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
+            "nft": {"max_steps": 200, "per_device_train_batch_size": 128},
             "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
             "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
         },

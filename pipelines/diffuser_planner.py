@@ -231,6 +231,10 @@ class DiffuserPlannerPipeline(ControlPipeline):
         added = fixed[..., : self.latent_dim].to(plan.device).expand_as(condition["mask"]) & ~condition["mask"]
         return {"values": torch.where(added, plan, condition["values"]), "mask": condition["mask"] | added}
 
+    def fix_entries(self, condition: dict[str, Tensor], latents: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Fix also the entries of plans that `mask` selects to those of `latents`, both of the latents' shape."""
+        return {"values": torch.where(mask, latents, condition["values"]), "mask": condition["mask"] | mask}
+
     def repeat(self, condition: dict[str, Tensor], num_candidates: int) -> dict[str, Tensor]:
         """Each condition `num_candidates` times in a row."""
         return {name: value.repeat_interleave(num_candidates, dim=0) for name, value in condition.items()}
@@ -264,13 +268,14 @@ class DiffuserPlannerPipeline(ControlPipeline):
         start: Tensor | None = None,
         num_start_steps: int | None = None,
         start_level: float = 0.7,
+        resume: tuple[Tensor, int] | None = None,
     ) -> Tensor:
         """Denoise from noise to normalised plans `(B, horizon, latent_dim)`.
 
         With a normaliser of `"limits"`, actions end clamped to the range of the data.
 
         Args:
-            condition: of `observation_condition` or `context_condition`.
+            condition: of `observation_condition`, `context_condition` or `fix_entries`.
             num_inference_steps: denoising steps; the pipeline's own by default.
             generator: source of all noise.
             denoiser: stands in for the component.
@@ -280,6 +285,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
             num_start_steps: denoising steps run from `start`, evenly over the levels below; by default a quarter of
                 `num_inference_steps`, at least 1.
             start_level: time in `(0, 1]`.
+            resume: latents, and the number of denoising steps that led to them: go on from there.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         if start is not None:
@@ -287,7 +293,9 @@ class DiffuserPlannerPipeline(ControlPipeline):
         self.scheduler.set_timesteps(steps)
         timesteps = self.scheduler.timesteps.tolist()
         latents = randn_tensor(condition["values"].shape, generator=generator, device=self.denoiser.device)
-        if start is None:
+        if resume is not None:
+            latents, timesteps = resume[0], timesteps[resume[1] :]
+        elif start is None:
             latents = latents * _initial_std(self.scheduler)
         else:
             timesteps = timesteps[-count:]

@@ -149,9 +149,16 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """Each condition `num_candidates` times in a row."""
         return {name: value.repeat_interleave(num_candidates, dim=0) for name, value in condition.items()}
 
+    def fix_entries(self, condition: dict[str, Tensor], latents: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Fix the entries of action sequences that `mask` selects to those of `latents`, both of the latents' shape.
+
+        Sampling overwrites them by their noised values (RePaint, arXiv:2201.09865, Algorithm 1).
+        """
+        return {**condition, "values": latents, "mask": mask}
+
     def free_entries(self, condition: dict[str, Tensor]) -> Tensor | None:
-        """None: every entry of an action sequence is free."""
-        return None
+        """Entries that losses count, of the latents' shape; None: all, unless `fix_entries` fixed some."""
+        return ~condition["mask"] if "mask" in condition else None
 
     def inpaint(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The latents as they are: nothing is fixed."""
@@ -174,30 +181,50 @@ class DiffusionPolicyPipeline(ControlPipeline):
         generator: torch.Generator | None = None,
         denoiser: nn.Module | None = None,
         num_grad_steps: int = 0,
+        resume: tuple[Tensor, int] | None = None,
     ) -> Tensor:
         """Denoise from noise to normalised action sequences `(B, horizon, action_dim)`.
 
         With a normaliser of `"limits"` they end clamped to the range of the data.
 
         Args:
-            condition: of `observation_condition`.
+            condition: of `observation_condition`, or of `fix_entries`.
             num_inference_steps: denoising steps; the pipeline's own by default.
             generator: source of all noise.
             denoiser: stands in for the component.
             num_grad_steps: gradients flow through the last so many steps only (`sg(., K)` of Eq. 9).
+            resume: latents, and the number of denoising steps that led to them: go on from there.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps)
-        shape = self.latent_shape(len(condition["embedding"]))
-        latents = randn_tensor(shape, generator=generator, device=self.denoiser.device) * _initial_std(self.scheduler)
-        extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         timesteps = self.scheduler.timesteps.tolist()
+        if resume is None:
+            shape = self.latent_shape(len(condition["embedding"]))
+            latents = randn_tensor(shape, generator=generator, device=self.denoiser.device)
+            latents = latents * _initial_std(self.scheduler)
+        else:
+            latents, timesteps = resume[0], timesteps[resume[1] :]
+        has_fixed = "mask" in condition
+        if has_fixed:
+            latents = self._inpaint(latents, condition, timesteps[0], generator)
+        extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         grad = torch.is_grad_enabled()
         for step, timestep in enumerate(timesteps):
             with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
                 output = self.predict(latents, timestep, condition, denoiser)
                 latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+                if has_fixed:
+                    next_timestep = self.scheduler.next_timestep(timestep)
+                    latents = self._inpaint(latents, condition, next_timestep, generator)
         return latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
+
+    def _inpaint(
+        self, latents: Tensor, condition: dict[str, Tensor], timestep: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Overwrite the fixed entries by their values noised to `timestep`."""
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device)
+        noised = self.scheduler.add_noise(condition["values"], noise, torch.tensor([timestep]))
+        return torch.where(condition["mask"], noised, latents)
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int]:
         """`(batch_size, horizon, action_dim)`."""

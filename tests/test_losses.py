@@ -1,5 +1,6 @@
 """Every loss against numbers derived by hand."""
 
+import itertools
 import math
 from typing import Any
 
@@ -13,8 +14,11 @@ from dmc_hub.losses import (
     expectile_loss,
     group_advantages,
     masked_mean_square,
+    nft_loss,
+    plackett_luce_loss,
     ppo_clip_loss,
     reinforce_loss,
+    self_normalized_error,
 )
 
 
@@ -152,3 +156,71 @@ def test_dpo_weight_is_per_pair_and_large_margins_stay_finite() -> None:
     assert margin.tolist() == [1, 3]
     loss, _ = diffusion_dpo_loss(*errors, beta=-1e6)
     assert loss.tolist() == [1e6, 1e6]
+
+
+def test_ipo_by_hand_is_least_at_a_finite_margin() -> None:
+    """The log-ratio h = margin / beta is drawn to 1 / (2 beta): (0.5 - 0.25)^2 at h = 0.5 and beta = 2."""
+    one = torch.tensor([1.0])
+    loss, margin = diffusion_dpo_loss(0.7 * one, 1.2 * one, one, one, beta=2.0, loss_type="ipo")
+    assert float(margin) == pytest.approx(1.0)
+    assert float(loss) == pytest.approx(0.0625)
+    least, _ = diffusion_dpo_loss(0.9 * one, 1.15 * one, one, one, beta=2.0, loss_type="ipo")
+    assert float(least) == pytest.approx(0, abs=1e-10)
+
+
+def test_plackett_luce_is_a_distribution_over_rankings() -> None:
+    scores = torch.tensor([0.3, -1.2, 2.0])
+    rankings = torch.tensor(list(itertools.permutations([1.0, 2.0, 3.0])))
+    likelihoods = (-plackett_luce_loss(scores.expand(6, 3), rankings)).exp()
+    assert float(likelihoods.sum()) == pytest.approx(1)
+    weights = scores.exp().tolist()  # of the ranking 3 > 1 > 2
+    expected = weights[2] / sum(weights) * weights[0] / (weights[0] + weights[1])
+    assert float(likelihoods[rankings.tolist().index([2, 1, 3])]) == pytest.approx(expected)
+
+
+def test_plackett_luce_of_two_is_dpo_and_equal_or_empty_places_prefer_nothing() -> None:
+    scores = torch.tensor([[0.4, -0.3]])
+    _, margin = diffusion_dpo_loss(*(torch.tensor([x]) for x in (-0.4, 0.3, 0.0, 0.0)), beta=1.0)
+    expected = float(-torch.nn.functional.logsigmoid(margin))
+    assert float(plackett_luce_loss(scores, torch.tensor([[5.0, 1.0]]))) == pytest.approx(expected)
+    assert float(plackett_luce_loss(scores, torch.tensor([[2.0, 2.0]]))) == pytest.approx(0)
+    padded = torch.tensor([[0.4, 9.0, -0.3]], requires_grad=True)
+    loss = plackett_luce_loss(padded, torch.tensor([[5.0, float("-inf"), 1.0]]))
+    loss.sum().backward()
+    assert float(loss.detach()) == pytest.approx(expected)
+    assert padded.grad is not None
+    assert float(padded.grad[0, 1]) == 0
+
+
+def test_self_normalized_error_by_hand() -> None:
+    error = torch.tensor([[3.0, -1.0], [0.3, -0.1]], requires_grad=True)
+    loss = self_normalized_error(error)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([2.5, 0.25])  # (9 + 1) / 2 over (3 + 1) / 2
+    assert error.grad is not None
+    torch.testing.assert_close(error.grad[0], torch.tensor([1.5, -0.5]))  # the divisor is a constant
+    torch.testing.assert_close(error.grad[1], error.grad[0])
+    masked = self_normalized_error(torch.tensor([[3.0, -1.0]]), torch.tensor([[True, False]]))
+    assert masked.tolist() == pytest.approx([3.0])
+
+
+def test_nft_by_hand() -> None:
+    prediction, old, target = torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]])
+    # v+ = 0.5 * 1 + 0.5 * 2 = 1.5 and v- = 1.5 * 1 - 0.5 * 2 = 0.5: 0.8 * 1.5^2 + 0.2 * 2.5^2
+    loss = nft_loss(prediction, old, target, torch.tensor([0.8]), beta=0.5)
+    assert float(loss) == pytest.approx(3.05)
+    normalized = nft_loss(prediction, old, target, torch.tensor([0.8]), beta=0.5, self_normalized=True)
+    assert float(normalized) == pytest.approx(0.8 * 1.5 + 0.2 * 2.5)
+
+
+def test_nft_is_least_where_its_theorem_says() -> None:
+    """Three equally likely targets whose mean is the old prediction: v* = old + 2 / beta E[r (v - old)]."""
+    targets, optimality = torch.tensor([[-1.0], [0.5], [2.0]]), torch.tensor([0.1, 0.4, 0.9])
+    old, beta = targets.mean(), 0.3
+    best = old + 2 / beta * (optimality[:, None] * (targets - old)).mean()
+    prediction = best.clone().requires_grad_()
+    loss = nft_loss(prediction.expand(3, 1), old.expand(3, 1), targets, optimality, beta=beta)
+    loss.mean().backward()
+    assert prediction.grad is not None
+    assert float(prediction.grad) == pytest.approx(0, abs=1e-6)
+    assert float(best - old) > 1

@@ -122,7 +122,7 @@ def test_an_unknown_task_is_answered_with_the_list(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--methods", "ppo", "`methods` must be a list of ddpo, reward_gradient, dpo, sft; got ['ppo']"),
+        ("--methods", "ppo", "`methods` must be a list of ddpo, reward_gradient, nft, dpo, sft; got ['ppo']"),
         ("--methods=ddpo", "--sampler=ddim", "`methods` has ddpo, which needs noise in each step"),
         ("--num-candidates", "0", "`num_candidates` must be at least 1, got 0"),
         ("--max-passes", "-1", "`max_passes` must be at least 1, got -1"),

@@ -26,6 +26,7 @@ from dmc_hub.divergence import candidate_spread, denoising_kl
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer
 from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
@@ -33,6 +34,7 @@ from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
 METHODS: dict[str, tuple[type[SamplingTrainer], type[SamplingConfig]]] = {
     "ddpo": (DDPOTrainer, DDPOConfig),
     "reward_gradient": (RewardGradientTrainer, RewardGradientConfig),
+    "nft": (NFTTrainer, NFTConfig),
     "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig),
     "sft": (SFTTrainer, SFTConfig),
 }

@@ -155,12 +155,18 @@ class SamplingTrainer(DiffusionTrainer):
         condition = self.conditions(num_conditions, generator)
         repeated = self.pipeline.repeat(condition, num_candidates)
         latents = self.pipeline.sample(repeated, num_inference_steps=self.args.num_inference_steps, generator=generator)
-        rewards = self.rewards(latents, repeated).reshape(num_conditions, num_candidates)
+        rewards = self.rewards(latents, repeated)
         self.log_metric("reward", rewards)
+        ranked, rewards = self.ranked(latents, rewards, num_candidates)
+        return ranked, condition, rewards
+
+    def ranked(self, latents: Tensor, rewards: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+        """Groups of `num_candidates` samples in a row, `(B, ...)`, ordered by reward: `(B / num_candidates,
+        num_candidates, ...)` and their rewards, the best first."""
+        rewards = rewards.reshape(-1, num_candidates)
         order = rewards.argsort(dim=1, descending=True)
-        latents = latents.unflatten(0, (num_conditions, num_candidates))
-        ranked = latents.gather(1, order[:, :, None, None].expand_as(latents))
-        return ranked, condition, rewards.gather(1, order)
+        latents = latents.unflatten(0, (-1, num_candidates))
+        return latents.gather(1, order[:, :, None, None].expand_as(latents)), rewards.gather(1, order)
 
     def _check_reward_function(self) -> None:
         """Call the reward function once on data, so that a broken one is found before anything is trained."""

@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from peft import LoraConfig
+from torch import Tensor, nn
 
 from dmc_hub.data import Episodes, make_nav1d_dataset
 from dmc_hub.models.critic import TwinQCritic
@@ -36,5 +41,42 @@ def make_pipeline(episodes: Episodes) -> Callable[..., Any]:
             return DiffusionPolicyPipeline(policy, scheduler, normalizer, critic, horizon=1, num_inference_steps=5)
         planner = TemporalUnet(4, dim=8, dim_mults=(1, 2))
         return DiffuserPlannerPipeline(planner, scheduler, normalizer, critic, horizon=4, num_inference_steps=5)
+
+    return make
+
+
+class GaussianDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The exact clean prediction for independent entries of N(0, std^2); the layer is there to carry a LoRA."""
+
+    @register_to_config
+    def __init__(self, std: float = 1.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.scheduler: Any = None
+
+    def forward(
+        self, sample: Tensor, timestep: Any, condition: Tensor | None = None, return_dict: bool = True
+    ) -> tuple[Tensor]:
+        at = self.scheduler.coefficients(timestep, sample).to(sample)
+        unscaled = sample / self.scheduler.scale_model_input(torch.ones_like(sample), timestep)
+        variance = self.config.std**2
+        return (at.alpha * variance * unscaled / (at.alpha**2 * variance + at.sigma**2),)
+
+
+@pytest.fixture
+def make_gaussian_policy(episodes: Episodes) -> Callable[..., Any]:
+    """`make(std, horizon, **scheduler_options)`: a policy whose data distribution is known, with a LoRA."""
+
+    def make(std: float = 1.0, horizon: int = 1, **scheduler_options: Any) -> Any:
+        scheduler = TransitionScheduler(prediction_type="sample", **{"num_train_timesteps": 100, **scheduler_options})
+        denoiser = GaussianDenoiser(std)
+        denoiser.scheduler = scheduler
+        normalizer = Normalizer.from_data(episodes.observations, episodes.actions, mode="gaussian")
+        critic = TwinQCritic(3, 1, hidden_dims=(8,))
+        pipeline = DiffusionPolicyPipeline(
+            denoiser, scheduler, normalizer, critic, horizon=horizon, num_inference_steps=50
+        )
+        pipeline.add_lora(LoraConfig(r=1))
+        return pipeline
 
     return make

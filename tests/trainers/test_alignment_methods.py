@@ -19,6 +19,7 @@ from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
 
@@ -34,6 +35,11 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"per_device_train_batch_size": 16, "batches_per_rollout": 2, "epochs_per_rollout": 2},
     ),
     "reward_gradient": (RewardGradientTrainer, RewardGradientConfig, {"per_device_train_batch_size": 16}),
+    "nft": (
+        NFTTrainer,
+        NFTConfig,
+        {"per_device_train_batch_size": 8, "num_conditions": 4, "steps_per_buffer": 2, "old_policy_decay_rate": 0.3},
+    ),
     "dpo": (
         DiffusionDPOTrainer,
         DiffusionDPOConfig,
@@ -102,6 +108,7 @@ def test_each_method_alone_raises_the_reward(name: str, make_pipeline: MakePipel
     settings = {
         "ddpo": {"max_steps": 60, "per_device_train_batch_size": 128, "learning_rate": 5e-3},
         "reward_gradient": {"max_steps": 30, "per_device_train_batch_size": 64, "learning_rate": 1e-2},
+        "nft": {"max_steps": 60, "per_device_train_batch_size": 64, "num_conditions": 16, "learning_rate": 5e-3},
         "dpo": {"max_steps": 60, "per_device_train_batch_size": 64, "num_conditions": 64, "learning_rate": 3e-3},
         "sft": {"max_steps": 60, "per_device_train_batch_size": 64, "num_conditions": 64, "learning_rate": 5e-3},
     }[name]

@@ -29,6 +29,7 @@ from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
 
@@ -40,6 +41,7 @@ TRAINERS: list[tuple[Any, Any]] = [
     (IQLTrainer, IQLConfig),
     (DDPOTrainer, DDPOConfig),
     (RewardGradientTrainer, RewardGradientConfig),
+    (NFTTrainer, NFTConfig),
     (DiffusionDPOTrainer, DiffusionDPOConfig),
     (SFTTrainer, SFTConfig),
 ]
@@ -95,12 +97,11 @@ def test_dpo_errors_are_those_of_the_noise_over_the_free_entries(
     )
     batch = trainer.make_batch(torch.Generator().manual_seed(0))
     condition = {"values": batch["condition.values"], "mask": batch["condition.mask"]}
-    x_t = pipeline.scheduler.add_noise(batch["winners"], batch["noise"], batch["timesteps"])
+    x_t = pipeline.scheduler.add_noise(batch["samples"][:, 0], batch["noise"], batch["timesteps"])
     output = pipeline.predict(x_t, batch["timesteps"], condition)
     _, noise = pipeline.scheduler.predict(output, x_t, batch["timesteps"])
     expected = ((noise - batch["noise"]) ** 2 * ~condition["mask"]).flatten(1).sum(1)
-    winners, _ = trainer._noise_errors(batch)
-    torch.testing.assert_close(winners, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trainer._noise_errors(batch)[:, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- What is refused -------------------------------------------------------------------------------------
@@ -129,6 +130,8 @@ def test_a_missing_reference_is_noticed(make_pipeline: MakePipeline, episodes: E
         DDPOTrainer(make_pipeline("policy"), DDPOConfig(**SMALL), train_dataset=episodes)
     with pytest.warns(UserWarning, match="`reference_coefficient` is ignored"):
         RewardGradientTrainer(make_pipeline("policy"), RewardGradientConfig(**SMALL), train_dataset=episodes)
+    with pytest.warns(UserWarning, match="`reference_coefficient` is ignored"):
+        NFTTrainer(make_pipeline("policy"), NFTConfig(**SMALL), train_dataset=episodes)
     DDPOTrainer(make_pipeline("policy"), DDPOConfig(**SMALL, kl_coefficient=0.0), train_dataset=episodes)
 
 
