@@ -30,7 +30,9 @@ def denoising_kl(
     """
     if not pipeline.lora_names:
         return 0.0
-    scheduler = TransitionScheduler.from_config(pipeline.scheduler.config, kernel="ancestral", eta=1.0)
+    # not by `from_config`, which takes arguments that were given by position for defaults
+    settings = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    scheduler = TransitionScheduler(**{**settings, "kernel": "ancestral", "eta": 1.0})
     scheduler.set_timesteps(num_inference_steps or pipeline.config.num_inference_steps)
     generator, device = torch.Generator().manual_seed(seed), pipeline.denoiser.device
     shape = pipeline.latent_shape(len(next(iter(condition.values()))))
