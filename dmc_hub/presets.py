@@ -156,13 +156,13 @@ def nav1d(
         build_pipeline=functools.partial(build, sampler=sampler),
         foundation={"max_steps": 4000},
         critic=critic_settings,
-        methods=("dpo", "sft") if sampler == "ddim" else ("ddpo", "dpo", "sft"),
+        methods=("nft", "dpo", "sft"),
         stages={
             "ddpo": {"max_steps": 80, "learning_rate": 1e-3 if sampler in ("sm", "fm") else 5e-4},
             "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
-            "nft": {"max_steps": 200, "per_device_train_batch_size": 128},
-            "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
-            "sft": {"max_steps": 150, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
+            "nft": {"max_steps": 100},
+            "dpo": {"max_steps": 60, "per_device_train_batch_size": 64},
+            "sft": {"max_steps": 75, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
         },
         num_candidates=16,
     )

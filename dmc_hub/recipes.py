@@ -251,13 +251,12 @@ def _aligner(
 
 
 def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
-    """One candidate, the best of many by the critic, and the mean of many."""
+    """One candidate, the best of many by the critic, and for a policy the mean of many."""
     results = []
-    for selection, candidates in (
-        ("greedy", 1),
-        ("greedy", settings.num_candidates),
-        ("expectation", settings.num_candidates),
-    ):
+    selections = [("greedy", 1), ("greedy", settings.num_candidates)]
+    if settings.controller == "policy":
+        selections.append(("expectation", settings.num_candidates))
+    for selection, candidates in selections:
         result = evaluate_on_task(
             task,
             pipeline,
