@@ -157,7 +157,7 @@ class AdaptableController:
                 raise FileNotFoundError(f"`{folder}` is not an adapter folder: it has no file {name}.")
         config = _read_adapter_config(folder / ADAPTER_CONFIG)
         state, metadata = _read_adapter_weights(folder / ADAPTER_WEIGHTS)
-        _check_same_settings(config, metadata, folder, self.adapted_component)
+        _check_same_settings(config, metadata, folder)
         expected, found = self.base_fingerprint(), metadata.get("base_fingerprint")
         if found != expected:
             raise ValueError(
@@ -291,11 +291,12 @@ def _check_leaves_base(config: LoraConfig) -> None:
             raise ValueError(f"`config.{name}` must leave the base as it is: one of {allowed}, got {value!r}.")
 
 
-def _check_same_settings(config: LoraConfig, metadata: dict[str, str], folder: Path, prefix: str) -> None:
+def _check_same_settings(config: LoraConfig, metadata: dict[str, str], folder: Path) -> None:
     """The weights file repeats the settings, because another alpha or rank scales the same weights differently."""
-    saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    saved = {key.partition(".")[2]: value for key, value in written.items()}  # behind the component's name
     given = _json_ready(config.to_dict())
-    changed = [key for key in _SCALING_SETTINGS if saved.get(f"{prefix}.{key}") != given[key]]
+    changed = [key for key in _SCALING_SETTINGS if saved.get(key) != given[key]]
     if changed:
         raise ValueError(
             f"`{folder / ADAPTER_CONFIG}` and {ADAPTER_WEIGHTS} disagree on {', '.join(changed)}: one was changed "

@@ -78,7 +78,7 @@ def warm_start_upsampler(pipeline: Any) -> nn.Module:
     loaded = upsampler.load_state_dict(pipeline.base_weights(), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.startswith("draft_projection.") for name in loaded.missing_keys)
-    upsampler = upsampler.to(denoiser.device, denoiser.dtype).eval()
+    upsampler = nn.Module.to(upsampler, denoiser.device, denoiser.dtype).eval()
     pipeline.register_modules(upsampler=upsampler)
     return upsampler
 
