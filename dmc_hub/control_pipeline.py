@@ -265,10 +265,12 @@ class UpsamplerPolicy(AdaptableController):
         with torch.no_grad():
             return {**condition, "draft": self.pipeline.sample(condition, generator=generator)}
 
-    def predict(self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], *args: Any) -> Tensor:
+    def predict(
+        self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
+    ) -> Tensor:
         """The up-sampler's output; see the pipeline."""
         assert "draft" in condition, "`complete_condition` was forgotten"
-        return self.pipeline.predict(sample, timestep, condition, *args)
+        return self.pipeline.predict(sample, timestep, condition, denoiser)
 
     def sample(self, condition: dict[str, Tensor], **options: Any) -> Tensor:
         """Samples of the up-sampler; see the pipeline."""
