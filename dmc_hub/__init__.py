@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         VarianceExplodingSchedule,
     )
     from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner
-    from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer, warm_start_upsampler
+    from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
     from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
     from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
     from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -77,7 +77,6 @@ __all__ = [
     "TwinQCritic",
     "VarianceExplodingSchedule",
     "__version__",
-    "warm_start_upsampler",
 ]
 
 _NAMES_OF_MODULE = {
@@ -103,7 +102,7 @@ _NAMES_OF_MODULE = {
         "VarianceExplodingSchedule",
     ),
     "dmc_hub.trainers.alignment": ("AlignmentConfig", "SequentialAligner"),
-    "dmc_hub.trainers.cascade": ("CascadeConfig", "CascadeTrainer", "warm_start_upsampler"),
+    "dmc_hub.trainers.cascade": ("CascadeConfig", "CascadeTrainer"),
     "dmc_hub.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
     "dmc_hub.trainers.denoising": ("DenoisingConfig", "DenoisingTrainer"),
     "dmc_hub.trainers.dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
