@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         VarianceExplodingSchedule,
     )
     from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner
+    from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
     from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
     from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
     from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -44,6 +45,8 @@ __all__ = [
     "ActionTransformer",
     "Agent",
     "AlignmentConfig",
+    "CascadeConfig",
+    "CascadeTrainer",
     "ConditionalUnet1D",
     "CosineSchedule",
     "DDPOConfig",
@@ -102,6 +105,7 @@ _NAMES_OF_MODULE = {
         "VarianceExplodingSchedule",
     ),
     "dmc_hub.trainers.alignment": ("AlignmentConfig", "SequentialAligner"),
+    "dmc_hub.trainers.cascade": ("CascadeConfig", "CascadeTrainer"),
     "dmc_hub.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
     "dmc_hub.trainers.denoising": ("DenoisingConfig", "DenoisingTrainer"),
     "dmc_hub.trainers.dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),

@@ -102,6 +102,13 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "dmc-hub train-sft --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/sft",
         ),
     },
+    "Cascade": {
+        "train-cascade": Command(
+            "dmc_hub.commands:train_cascade",
+            "train an up-sampler on pairs of the controller's samples",
+            "dmc-hub train-cascade --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/cascade",
+        ),
+    },
     "Measure": {
         "evaluate": Command(
             "dmc_hub.commands:evaluate",

@@ -17,6 +17,7 @@ from dmc_hub.recipes import EVALUATION_SEED, RunSettings, align_task, evaluate_o
 from dmc_hub.tasks import get_task
 from dmc_hub.trainers.alignment import METHODS, AlignmentConfig
 from dmc_hub.trainers.base import DiffusionTrainer
+from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -130,6 +131,17 @@ class StageArguments:
 
 
 @dataclass(kw_only=True)
+class CascadeArguments:
+    """Arguments of `dmc-hub train-cascade`."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    pipeline: str = field(metadata={"help": "Folder of the pipeline, with its critic."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Adapter of the controller whose samples are up-sampled; none by default."}
+    )
+
+
+@dataclass(kw_only=True)
 class EvaluateArguments:
     """Arguments of `dmc-hub evaluate`."""
 
@@ -141,6 +153,7 @@ class EvaluateArguments:
         default="greedy", metadata={"help": "How one action is chosen among the candidates."}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
+    num_upsampling_passes: int = field(default=0, metadata={"help": "Passes through the pipeline's up-sampler."})
     num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
     first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
@@ -233,6 +246,18 @@ def train_sft(arguments: StageArguments, config: SFTConfig) -> None:
     _train_stage(SFTTrainer, arguments, config)
 
 
+def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
+    """Train an up-sampler; the pipeline is saved with it and without the adapter, which fits it as before."""
+    task, output_dir = get_task(arguments.task), _output_dir(config)
+    pipeline = _load(arguments.pipeline, arguments.adapter)
+    resume = _prepare(output_dir / "pipeline", config)
+    trainer = CascadeTrainer(pipeline, config, train_dataset=task.make_dataset(config.seed))
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        pipeline.unload_lora()
+        _save_pipeline(pipeline, output_dir / "pipeline", _facts(task.name, trainer))
+
+
 def evaluate(arguments: EvaluateArguments) -> None:
     """Roll a controller out and print what it earned."""
     task = get_task(arguments.task)
@@ -249,6 +274,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         num_candidates=arguments.num_candidates,
         action_selection=arguments.action_selection,
         num_inference_steps=arguments.num_inference_steps,
+        num_upsampling_passes=arguments.num_upsampling_passes,
     )
     summary = result.to_dict()
     if arguments.output is not None:
@@ -271,9 +297,7 @@ def _train_foundation(
     trainer = trainer_type(pipeline, config, train_dataset=episodes)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        with checkpoint.write_folder_atomically(output_dir / "pipeline", _facts(task.name, trainer)) as stage:
-            pipeline.save_pretrained(stage)
-        _say(f"saved {output_dir / 'pipeline'}")
+        _save_pipeline(pipeline, output_dir / "pipeline", _facts(task.name, trainer))
 
 
 def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments, config: Any) -> None:
@@ -293,6 +317,12 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
         with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(task.name, trainer)) as stage:
             pipeline.save_lora_weights(stage)
         _say(f"saved {output_dir / 'adapter'}")
+
+
+def _save_pipeline(pipeline: Any, folder: Path, facts: dict[str, Any]) -> None:
+    with checkpoint.write_folder_atomically(folder, facts) as stage:
+        pipeline.save_pretrained(stage)
+    _say(f"saved {folder}")
 
 
 def _load(pipeline: str, adapter: str | None) -> Any:

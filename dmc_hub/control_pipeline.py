@@ -40,20 +40,17 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _SCALING_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules")
 
 
-class ControlPipeline(DiffusionPipeline):
-    """A diffusion pipeline that acts. Adds LoRA handling on the component `denoiser` to diffusers' pipeline."""
+class AdaptableController:
+    """LoRA handling on a controller's `denoiser`.
 
+    `adapted_component` is the name that the denoiser has among the components, and in diffusers' adapter files.
+    """
+
+    adapted_component = "denoiser"
     denoiser: Any
     normalizer: Any
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, and the pipeline computes bit for bit what the saved one did."""
-        pipeline = super().from_pretrained(*args, **kwargs)
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                _align(component)
-        return pipeline
+    scheduler: Any
+    components: Any
 
     @property
     def lora_names(self) -> list[str]:
@@ -103,15 +100,19 @@ class ControlPipeline(DiffusionPipeline):
         finally:
             self.denoiser.enable_adapters()
 
+    def base_weights(self) -> dict[str, Tensor]:
+        """The denoiser's state without adapters, under the names that it has without them: the foundation's."""
+        state = self.denoiser.state_dict()
+        return {n.replace(".base_layer.", "."): tensor for n, tensor in state.items() if ".lora_" not in n}
+
     def base_fingerprint(self) -> str:
         """SHA-256 over what an adapter depends on: base weights, scheduler, normaliser, inverse dynamics."""
         digest = hashlib.sha256()
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         digest.update(json.dumps(schedule, sort_keys=True).encode())
-        base = {n.replace(".base_layer.", "."): p for n, p in self.denoiser.state_dict().items() if ".lora_" not in n}
         model = self.components.get("inverse_dynamics")
         acting = {} if model is None else model.state_dict()
-        for weights in (base, self.normalizer.state_dict(), acting):
+        for weights in (self.base_weights(), self.normalizer.state_dict(), acting):
             for name in sorted(weights):
                 tensor = weights[name].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -130,13 +131,13 @@ class ControlPipeline(DiffusionPipeline):
         config = self.denoiser.peft_config[adapter_name]
         state = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        settings = _json_ready(config.to_dict())
+        settings, prefix = _json_ready(config.to_dict()), self.adapted_component
         metadata = {
             "format": "pt",
             "base_fingerprint": self.base_fingerprint(),
-            "lora_adapter_metadata": json.dumps({f"denoiser.{key}": value for key, value in settings.items()}),
+            "lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}),
         }
-        _save_atomically({f"denoiser.{n}": t for n, t in state.items()}, folder / DIFFUSERS_ADAPTER_WEIGHTS, metadata)
+        _save_atomically({f"{prefix}.{n}": t for n, t in state.items()}, folder / DIFFUSERS_ADAPTER_WEIGHTS, metadata)
         _save_atomically({f"{PEFT_PREFIX}{n}": t for n, t in state.items()}, folder / ADAPTER_WEIGHTS, metadata)
         temporary = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
         temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -200,6 +201,19 @@ class ControlPipeline(DiffusionPipeline):
         else:
             self.denoiser.delete_adapters(adapter_name)
 
+
+class ControlPipeline(AdaptableController, DiffusionPipeline):
+    """A diffusion pipeline that acts. Adds LoRA handling on the component `denoiser` to diffusers' pipeline."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, and the pipeline computes bit for bit what the saved one did."""
+        pipeline = super().from_pretrained(*args, **kwargs)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                _align(component)
+        return pipeline
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in diffusers. Refuses while an adapter is attached: diffusers would write a broken checkpoint."""
         if self.lora_names:
@@ -207,7 +221,61 @@ class ControlPipeline(DiffusionPipeline):
                 "This pipeline carries a LoRA adapter: save the adapter with `save_lora_weights`, then `unload_lora()` "
                 "and save the foundation."
             )
+        if self.components.get("upsampler") is not None and self.upsampler_policy().lora_names:
+            raise ValueError(
+                "The up-sampler carries a LoRA adapter: save it with `upsampler_policy().save_lora_weights`, then "
+                "`upsampler_policy().unload_lora()` and save the pipeline."
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def complete_condition(self, condition: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Add what a trainer's condition needs and data do not hold: nothing here, a draft for an `UpsamplerPolicy`."""
+        return condition
+
+    def upsampler_policy(self) -> UpsamplerPolicy:
+        """The up-sampler as a controller of its own: what trainers take to align it instead of the denoiser."""
+        return UpsamplerPolicy(self)
+
+
+class UpsamplerPolicy(AdaptableController):
+    """`p(x^r | x^cond, observation)` as a controller: DDPO, DPO, SFT and QV-PG train a LoRA on the up-sampler.
+
+    `complete_condition` draws `x^cond`, the condition's `draft`, from the pipeline's controller as it is, adapter
+    included; the candidates of one condition share it. Everything else is the pipeline's.
+
+    Raises:
+        ValueError: the pipeline has no up-sampler.
+    """
+
+    adapted_component = "upsampler"
+
+    def __init__(self, pipeline: Any) -> None:
+        if pipeline.upsampler is None:
+            raise ValueError("`pipeline` has no up-sampler: train one with CascadeTrainer.")
+        self.pipeline = pipeline
+        self.denoiser = pipeline.upsampler
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipeline":  # while this object is being copied
+            raise AttributeError(name)
+        return getattr(self.pipeline, name)
+
+    def complete_condition(self, condition: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Add a draft for each row, sampled by the controller without gradient."""
+        with torch.no_grad():
+            return {**condition, "draft": self.pipeline.sample(condition, generator=generator)}
+
+    def predict(
+        self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The up-sampler's output; see the pipeline."""
+        assert "draft" in condition, "`complete_condition` was forgotten"
+        return self.pipeline.predict(sample, timestep, condition, denoiser)
+
+    def sample(self, condition: dict[str, Tensor], **options: Any) -> Tensor:
+        """Samples of the up-sampler; see the pipeline."""
+        assert "draft" in condition, "`complete_condition` was forgotten"
+        return self.pipeline.sample(condition, **options)
 
 
 def _align(module: nn.Module) -> None:
@@ -227,9 +295,10 @@ def _check_leaves_base(config: LoraConfig) -> None:
 
 def _check_same_settings(config: LoraConfig, metadata: dict[str, str], folder: Path) -> None:
     """The weights file repeats the settings, because another alpha or rank scales the same weights differently."""
-    saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    given = {f"denoiser.{key}": value for key, value in _json_ready(config.to_dict()).items()}
-    changed = [key for key in _SCALING_SETTINGS if saved.get(f"denoiser.{key}") != given[f"denoiser.{key}"]]
+    written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    saved = {key.partition(".")[2]: value for key, value in written.items()}  # behind the component's name
+    given = _json_ready(config.to_dict())
+    changed = [key for key in _SCALING_SETTINGS if saved.get(key) != given[key]]
     if changed:
         raise ValueError(
             f"`{folder / ADAPTER_CONFIG}` and {ADAPTER_WEIGHTS} disagree on {', '.join(changed)}: one was changed "

@@ -67,6 +67,7 @@ class Evaluation:
     num_candidates: int
     action_selection: str
     num_inference_steps: int | None
+    num_upsampling_passes: int
     generator_seed: int
     wall_seconds: float
     rollouts: Rollouts
@@ -250,6 +251,7 @@ def evaluate(
     num_candidates: int,
     action_selection: str,
     num_inference_steps: int | None = None,
+    num_upsampling_passes: int = 0,
     generator_seed: int = 0,
     optimal_return: float | None = None,
     coherency: CoherencyScores | None = None,
@@ -266,6 +268,7 @@ def evaluate(
         num_candidates: candidates per state.
         action_selection: `"greedy"`, `"expectation"` or `"softmax"`.
         num_inference_steps: denoising steps; None for the pipeline's own number.
+        num_upsampling_passes: passes through the pipeline's up-sampler; 0, and the pipeline need not know the keyword.
         generator_seed: seed of the one `torch.Generator` that all calls draw from.
         optimal_return: the known optimum, for `share_of_optimum`.
         coherency: maps observations `(num_envs, observation_dim)` and the pipeline's output to scores
@@ -273,6 +276,7 @@ def evaluate(
             `policy_coherency_scores`.
         progress: whether to show a bar.
     """
+    cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
     diversity: list[np.ndarray] = []
     scores: list[np.ndarray] = []
 
@@ -283,6 +287,7 @@ def evaluate(
             action_selection=action_selection,
             num_inference_steps=num_inference_steps,
             generator=generator,
+            **cascade,
         )
         diversity.append(candidate_diversity_scores(output.candidates))
         if coherency is not None:
@@ -304,6 +309,7 @@ def evaluate(
         num_candidates=num_candidates,
         action_selection=action_selection,
         num_inference_steps=num_inference_steps,
+        num_upsampling_passes=num_upsampling_passes,
         generator_seed=generator_seed,
         wall_seconds=wall_seconds,
         rollouts=rollouts,

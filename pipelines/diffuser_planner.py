@@ -58,12 +58,14 @@ class DiffuserPlannerPipeline(ControlPipeline):
         normalizer: statistics of the data.
         critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
         inverse_dynamics: `(observations, next_observations) -> actions`, normalised.
+        upsampler: a denoiser whose input holds a draft behind the noisy plan: it samples plans of more reward than the
+            draft's (section 3.4 of arXiv:2502.12198).
         horizon: steps of a plan.
         num_inference_steps: default number of denoising steps.
     """
 
-    _optional_components = ["critic", "inverse_dynamics"]
-    model_cpu_offload_seq = "denoiser"
+    _optional_components = ["critic", "inverse_dynamics", "upsampler"]
+    model_cpu_offload_seq = "denoiser->upsampler"
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         normalizer: ModelMixin,
         critic: ModelMixin | None = None,
         inverse_dynamics: ModelMixin | None = None,
+        upsampler: ModelMixin | None = None,
         horizon: int = 32,
         num_inference_steps: int = 20,
     ) -> None:
@@ -82,6 +85,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
             normalizer=normalizer,
             critic=critic,
             inverse_dynamics=inverse_dynamics,
+            upsampler=upsampler,
         )
         self.register_to_config(horizon=horizon, num_inference_steps=num_inference_steps)
 
@@ -119,6 +123,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         previous_plan: np.ndarray | None = None,
         num_warm_start_steps: int | None = None,
         warm_start_level: float = 0.7,
+        num_upsampling_passes: int = 0,
         generator: int | np.integer | torch.Generator | None = None,
     ) -> PlannerOutput:
         """Choose actions; all observations × candidates are denoised in one batch.
@@ -143,14 +148,17 @@ class DiffuserPlannerPipeline(ControlPipeline):
             previous_plan: `plan` of the decision before, one step ago: denoising starts from its shifted copy.
             num_warm_start_steps: denoising steps run from there; by default a quarter of all.
             warm_start_level: time in `(0, 1]` to which the previous plan is noised: 1 forgets it, 0 would keep it.
+            num_upsampling_passes: so many times the up-sampler samples a better candidate given each, which takes
+                its place (sections 3.4 and 3.5 of arXiv:2502.12198, which advises 1 or 2); 0 is off.
             generator: a seed or a torch generator; None draws from torch's global one.
 
         Raises:
-            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no
-                critic to choose with.
+            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, no critic
+                to choose with, or no up-sampler for `num_upsampling_passes`.
         """
         observations = self.normalizer.observation_batch(observation)[:, 0].to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
+        _check_passes(num_upsampling_passes, has_upsampler=self.upsampler is not None)
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
         condition, now = self.observation_condition(observations), 0
@@ -169,6 +177,13 @@ class DiffuserPlannerPipeline(ControlPipeline):
             num_start_steps=num_warm_start_steps,
             start_level=warm_start_level,
         )
+        for _ in range(num_upsampling_passes):
+            latents = self.sample(
+                {**condition, "draft": latents},
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                num_resampling_steps=num_resampling_steps,
+            )
         plans = torch.cat(self.decode(latents, condition), dim=-1).unflatten(0, (-1, num_candidates))
         values = self._plan_values(plans[:, :, now:], num_value_steps) if self.critic is not None else None
         plan = _select(plans, values, action_selection, temperature, generator)
@@ -250,9 +265,16 @@ class DiffuserPlannerPipeline(ControlPipeline):
     def predict(
         self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The network's output for (in-painted) `sample`; `denoiser` stands in for the component."""
-        network = self.denoiser if denoiser is None else denoiser
+        """The network's output for (in-painted) `sample`; `denoiser` stands in for the component.
+
+        With a `draft` in the condition the component is the up-sampler: `p(x^r | x^cond, observation)`.
+        """
+        network = denoiser
         scaled = self.inpaint(_scaled(self.scheduler, sample, timestep), condition)
+        if "draft" in condition:
+            scaled = torch.cat([scaled, condition["draft"]], dim=-1)
+        if network is None:
+            network = self.upsampler if "draft" in condition else self.denoiser
         level = _network_timestep(self.scheduler, timestep)
         return network(scaled.to(self.denoiser.dtype), level, return_dict=False)[0].float()
 
@@ -444,6 +466,16 @@ def _check_selection(selection: str, num_candidates: int, temperature: float, *,
         raise ValueError(
             f"`action_selection` {selection!r} chooses between candidates by the critic, and this pipeline has none: "
             "add a critic, use 'expectation', or `num_candidates=1`."
+        )
+
+
+def _check_passes(num_upsampling_passes: int, *, has_upsampler: bool) -> None:
+    if num_upsampling_passes < 0:
+        raise ValueError(f"`num_upsampling_passes` must be at least 0, got {num_upsampling_passes}.")
+    if num_upsampling_passes > 0 and not has_upsampler:
+        raise ValueError(
+            f"`num_upsampling_passes` is {num_upsampling_passes}, but this pipeline has no up-sampler: train one with "
+            "CascadeTrainer, or leave it at 0."
         )
 
 

@@ -48,13 +48,15 @@ class DiffusionPolicyPipeline(ControlPipeline):
         scheduler: gives each denoising step as a Gaussian.
         normalizer: statistics of the data.
         critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
+        upsampler: a denoiser whose input holds a draft behind the noisy sequence: it samples sequences of more reward
+            than the draft's (section 3.4 of arXiv:2502.12198).
         horizon: actions of a sequence; the first is executed at the current step.
         num_observation_steps: observations that the policy looks at, the current one last.
         num_inference_steps: default number of denoising steps.
     """
 
-    _optional_components = ["critic"]
-    model_cpu_offload_seq = "denoiser"
+    _optional_components = ["critic", "upsampler"]
+    model_cpu_offload_seq = "denoiser->upsampler"
 
     def __init__(
         self,
@@ -62,12 +64,15 @@ class DiffusionPolicyPipeline(ControlPipeline):
         scheduler: SchedulerMixin,
         normalizer: ModelMixin,
         critic: ModelMixin | None = None,
+        upsampler: ModelMixin | None = None,
         horizon: int = 16,
         num_observation_steps: int = 1,
         num_inference_steps: int = 10,
     ) -> None:
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic)
+        self.register_modules(
+            denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic, upsampler=upsampler
+        )
         self.register_to_config(
             horizon=horizon, num_observation_steps=num_observation_steps, num_inference_steps=num_inference_steps
         )
@@ -94,6 +99,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
         num_inference_steps: int | None = None,
         action_selection: str = "greedy",
         temperature: float = 1.0,
+        num_upsampling_passes: int = 0,
         generator: int | np.integer | torch.Generator | None = None,
     ) -> PolicyOutput:
         """Choose actions; all observations × candidates are denoised in one batch.
@@ -108,18 +114,24 @@ class DiffusionPolicyPipeline(ControlPipeline):
                 candidates, `"softmax"` draws one with probability proportional to `exp(value / temperature)` (IDQL,
                 arXiv:2304.10573).
             temperature: of `"softmax"`, in units of the return.
+            num_upsampling_passes: so many times the up-sampler samples a better candidate given each, which takes
+                its place (sections 3.4 and 3.5 of arXiv:2502.12198, which advises 1 or 2); 0 is off.
             generator: a seed or a torch generator; None draws from torch's global one.
 
         Raises:
-            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, or no
-                critic to choose with.
+            ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, no critic
+                to choose with, or no up-sampler for `num_upsampling_passes`.
         """
         history = self.normalizer.observation_batch(observation, self.num_observation_steps).to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
+        _check_passes(num_upsampling_passes, has_upsampler=self.upsampler is not None)
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
         condition = self.repeat(self.observation_condition(history), num_candidates)
         latents = self.sample(condition, num_inference_steps=num_inference_steps, generator=generator)
+        for _ in range(num_upsampling_passes):
+            drafted = {**condition, "draft": latents}
+            latents = self.sample(drafted, num_inference_steps=num_inference_steps, generator=generator)
         sequences = self.decode(latents, condition)[1].unflatten(0, (-1, num_candidates))
         values = self._values(history[:, -1], sequences[:, :, 0]) if self.critic is not None else None
         chosen = _select(sequences, values, action_selection, temperature, generator)
@@ -167,11 +179,18 @@ class DiffusionPolicyPipeline(ControlPipeline):
     def predict(
         self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The network's output for `sample`; `denoiser` stands in for the component."""
-        network, dtype = self.denoiser if denoiser is None else denoiser, self.denoiser.dtype
-        scaled = _scaled(self.scheduler, sample, timestep).to(dtype)
+        """The network's output for `sample`; `denoiser` stands in for the component.
+
+        With a `draft` in the condition the component is the up-sampler: `p(x^r | x^cond, observation)`.
+        """
+        network, dtype = denoiser, self.denoiser.dtype
+        scaled = _scaled(self.scheduler, sample, timestep)
+        if "draft" in condition:
+            scaled = torch.cat([scaled, condition["draft"]], dim=-1)
+        if network is None:
+            network = self.upsampler if "draft" in condition else self.denoiser
         level = _network_timestep(self.scheduler, timestep)
-        return network(scaled, level, condition["embedding"].to(dtype), return_dict=False)[0].float()
+        return network(scaled.to(dtype), level, condition["embedding"].to(dtype), return_dict=False)[0].float()
 
     def sample(
         self,
@@ -294,6 +313,16 @@ def _check_selection(selection: str, num_candidates: int, temperature: float, *,
         raise ValueError(
             f"`action_selection` {selection!r} chooses between candidates by the critic, and this pipeline has none: "
             "add a critic, use 'expectation', or `num_candidates=1`."
+        )
+
+
+def _check_passes(num_upsampling_passes: int, *, has_upsampler: bool) -> None:
+    if num_upsampling_passes < 0:
+        raise ValueError(f"`num_upsampling_passes` must be at least 0, got {num_upsampling_passes}.")
+    if num_upsampling_passes > 0 and not has_upsampler:
+        raise ValueError(
+            f"`num_upsampling_passes` is {num_upsampling_passes}, but this pipeline has no up-sampler: train one with "
+            "CascadeTrainer, or leave it at 0."
         )
 
 

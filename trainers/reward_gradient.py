@@ -96,6 +96,7 @@ class RewardGradientTrainer(SamplingTrainer):
 
     def _distance_to_reference(self, inputs: dict[str, Tensor]) -> Tensor:
         x0, condition = self.pipeline.encode(unpack("data", inputs))
+        condition = self.pipeline.complete_condition(condition, self.generator("reference"))
         x_t = self.pipeline.scheduler.add_noise(x0, inputs["noise"], inputs["timesteps"])
         prediction = self.pipeline.predict(x_t, inputs["timesteps"], condition)
         with torch.no_grad(), self.pipeline.lora_disabled():

@@ -117,7 +117,8 @@ class SamplingTrainer(DiffusionTrainer):
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Conditions at `count` observations drawn from the data."""
         steps = torch.randint(len(self.windows), (count,), generator=generator)
-        return self.pipeline.observation_condition(self.windows.history(steps).to(self.args.device))
+        condition = self.pipeline.observation_condition(self.windows.history(steps).to(self.args.device))
+        return self.pipeline.complete_condition(condition, generator)
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of normalised samples."""

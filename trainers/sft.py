@@ -89,6 +89,7 @@ class SFTTrainer(SamplingTrainer):
         rows = torch.randint(len(self.windows), (len(samples),), generator=generator)
         data = {name: value.to(samples.device) for name, value in self.windows.gather(rows).items()}
         real, real_condition = self.pipeline.encode(data)
+        real_condition = self.pipeline.complete_condition(real_condition, generator)
         threshold = self._unlikeliness(real, real_condition, generator).quantile(self.args.likelihood_quantile)
         unlikeliness = self._unlikeliness(samples, condition, generator)
         accepted = unlikeliness <= threshold

@@ -97,6 +97,8 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         depth: number of decoder blocks.
         causal_condition: step `t` of the sequence attends to the observations 0 to `t` only. For sequences that begin
             at the first observation, as in the original; where they begin at the last one it hides the present.
+        draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
+            It enters through weights that start at zero.
     """
 
     _supports_gradient_checkpointing = True
@@ -112,6 +114,7 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_heads: int = 4,
         depth: int = 8,
         causal_condition: bool = False,
+        draft_dim: int = 0,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 2:
@@ -128,6 +131,7 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.blocks = nn.ModuleList(DecoderBlock(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, action_dim)
+        self.draft_projection = nn.Linear(draft_dim, dim) if draft_dim else None
         self.gradient_checkpointing = False
         self._initialise()
 
@@ -137,6 +141,8 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if self.draft_projection is not None:
+            nn.init.zeros_(self.draft_projection.weight)
         nn.init.normal_(self.action_positions, std=0.02)
         nn.init.normal_(self.memory_positions, std=0.02)
 
@@ -146,13 +152,14 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Denoise action sequences.
 
         Args:
-            sample: noisy sequences of shape `(batch, steps, action_dim)` with at most `horizon` steps.
+            sample: noisy sequences of shape `(batch, steps, action_dim + draft_dim)`, drafts behind them, with at most
+                `horizon` steps.
             timestep: a number or shape `(batch,)`.
             condition: normalised observations, the oldest first, of shape
                 `(batch, num_observation_steps * observation_dim)`.
 
         Returns:
-            An output whose `sample` has the shape of the input.
+            An output whose `sample` has shape `(batch, steps, action_dim)`.
 
         Raises:
             ValueError: inputs of the wrong shape, or no condition.
@@ -161,7 +168,10 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = sinusoidal_embedding(timestep, self.config.dim).to(sample.dtype)[:, None]
         memory = self.encoder(torch.cat([time, observations], dim=1) + self.memory_positions)
-        x = self.action_projection(sample) + self.action_positions[: sample.shape[1]]
+        sample, draft = sample.split((self.config.action_dim, self.config.draft_dim), dim=-1)
+        x = self.action_projection(sample.contiguous()) + self.action_positions[: sample.shape[1]]
+        if self.draft_projection is not None:
+            x = x + self.draft_projection(draft)
         mask = self._memory_mask(sample) if self.config.causal_condition else None
         for block in self.blocks:
             x = self._run(block, x, memory, mask)
@@ -169,7 +179,8 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return UNet1DOutput(sample=x) if return_dict else (x,)
 
     def _observation_tokens(self, sample: Tensor, condition: Tensor | None) -> Tensor:
-        steps, width, horizon = self.config.num_observation_steps, self.config.action_dim, self.config.horizon
+        steps, horizon = self.config.num_observation_steps, self.config.horizon
+        width = self.config.action_dim + self.config.draft_dim
         if sample.ndim != 3 or sample.shape[-1] != width or sample.shape[1] > horizon:
             raise ValueError(
                 f"`sample` must have shape (batch, steps, {width}) with at most {horizon} steps, the `horizon` of this "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -77,10 +77,18 @@ class Level(nn.Module):
         self.second = FiLMResidualBlock(out_channels, out_channels, embedding_dim, kernel_size, predict_scale)
         self.resample = resample
 
-    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """The level's output after and before the change of resolution."""
-        x = self.second(self.first(x, embedding), embedding)
+    def forward(self, x: Tensor, embedding: Tensor, draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The level's output after and before the change of resolution; `draft` is added between the blocks."""
+        x = self.first(x, embedding)
+        x = self.second(x if draft is None else x + draft, embedding)
         return self.resample(x), x
+
+
+def _zero_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv1d:
+    layer = nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(cast(Tensor, layer.bias))
+    return layer
 
 
 class ConditionalUnet1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -103,6 +111,8 @@ class ConditionalUnet1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kernel_size: of the convolutions over time.
         timestep_dim: width of the embedding of the diffusion step.
         cond_predict_scale: the condition scales and shifts the channels; otherwise it only shifts them.
+        draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
+            It enters through weights that start at zero.
     """
 
     _supports_gradient_checkpointing = True
@@ -116,6 +126,7 @@ class ConditionalUnet1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kernel_size: int = 5,
         timestep_dim: int = 256,
         cond_predict_scale: bool = True,
+        draft_dim: int = 0,
     ) -> None:
         super().__init__()
         _check_sizes(dims, kernel_size, timestep_dim)
@@ -140,6 +151,7 @@ class ConditionalUnet1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
             double = nn.ConvTranspose1d(in_channels, in_channels, 4, 2, 1)
             self.up.append(level(out_channels * 2, in_channels, double))
         self.head = nn.Sequential(ConvBlock(dims[0], dims[0], kernel_size), nn.Conv1d(dims[0], action_dim, 1))
+        self.draft_projection = _zero_conv(draft_dim, dims[0], kernel_size) if draft_dim else None
         self.gradient_checkpointing = False
 
     def forward(
@@ -148,13 +160,13 @@ class ConditionalUnet1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Denoise action sequences.
 
         Args:
-            sample: noisy sequences of shape `(batch, horizon, action_dim)`.
+            sample: noisy sequences of shape `(batch, horizon, action_dim + draft_dim)`, drafts behind them.
             timestep: a number or shape `(batch,)`.
             condition: normalised observation history of shape `(batch, condition_dim)`, or None where `condition_dim`
                 is 0.
 
         Returns:
-            An output whose `sample` has the shape of the input.
+            An output whose `sample` has shape `(batch, horizon, action_dim)`.
 
         Raises:
             ValueError: inputs of the wrong shape, or a horizon that cannot be halved often enough.
@@ -164,27 +176,30 @@ class ConditionalUnet1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.timestep_dim).to(sample.dtype))
         if condition is not None:
             embedding = torch.cat([embedding, condition], dim=-1)
-        x = sample.transpose(1, 2)
+        x, draft = sample.transpose(1, 2).split((self.config.action_dim, self.config.draft_dim), dim=1)
+        extra = None if self.draft_projection is None else self.draft_projection(draft)
         skips = []
         for level in self.down:
-            x, before = self._run(level, x, embedding)
+            x, before = self._run(level, x, embedding, extra)
             skips.append(before)
+            extra = None
         x, _ = self._run(self.middle, x, embedding)
         for level in self.up:
             x, _ = self._run(level, torch.cat([x, skips.pop()], dim=1), embedding)
         x = self.head(x).transpose(1, 2)
         return UNet1DOutput(sample=x) if return_dict else (x,)
 
-    def _run(self, module: nn.Module, *inputs: Tensor) -> Any:
+    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *inputs)
         return module(*inputs)
 
     def _check(self, sample: Tensor, condition: Tensor | None) -> None:
         factor = 2 ** (len(self.down) - 1)
-        if sample.ndim != 3 or sample.shape[-1] != self.config.action_dim or sample.shape[1] % factor:
+        width = self.config.action_dim + self.config.draft_dim
+        if sample.ndim != 3 or sample.shape[-1] != width or sample.shape[1] % factor:
             raise ValueError(
-                f"`sample` must have shape (batch, horizon, {self.config.action_dim}) with a horizon divisible by "
+                f"`sample` must have shape (batch, horizon, {width}) with a horizon divisible by "
                 f"{factor} (this U-Net halves it {len(self.down) - 1} times), got {tuple(sample.shape)}."
             )
         expected = (sample.shape[0], self.config.condition_dim) if self.config.condition_dim else None

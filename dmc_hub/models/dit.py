@@ -80,6 +80,8 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_heads: of the attention.
         depth: number of blocks.
         timestep_dim: width of the sinusoidal time embedding.
+        draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
+            It enters through weights that start at zero.
     """
 
     _supports_gradient_checkpointing = False
@@ -93,6 +95,7 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_heads: int = 10,
         depth: int = 2,
         timestep_dim: int = 128,
+        draft_dim: int = 0,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 2:
@@ -108,6 +111,7 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), _zero_linear(dim, dim * 2))
         self.head = _zero_linear(dim, token_dim)
+        self.draft_projection = _zero_linear(draft_dim, dim) if draft_dim else None
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True
@@ -115,12 +119,12 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Denoise sequences.
 
         Args:
-            sample: noisy sequences of shape `(batch, horizon, token_dim)`.
+            sample: noisy sequences of shape `(batch, horizon, token_dim + draft_dim)`, drafts behind them.
             timestep: a number or shape `(batch,)`.
             condition: shape `(batch, condition_dim)`, or None where `condition_dim` is 0.
 
         Returns:
-            An output whose `sample` has the shape of the input.
+            An output whose `sample` has shape `(batch, horizon, token_dim)`.
         """
         self._check(sample, condition)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
@@ -129,7 +133,10 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
             embedding = embedding + self.condition_embedding(condition)
         steps = torch.arange(sample.shape[1], device=sample.device)
         positions = sinusoidal_embedding(steps, self.config.dim).to(sample.dtype) / math.sqrt(self.config.dim)
-        x = self.token_projection(sample) + positions
+        sample, draft = sample.split((self.config.token_dim, self.config.draft_dim), dim=-1)
+        x = self.token_projection(sample.contiguous()) + positions
+        if self.draft_projection is not None:
+            x = x + self.draft_projection(draft)
         for block in self.blocks:
             x = block(x, embedding)
         shift, scale = self.modulation(embedding).chunk(2, dim=-1)
@@ -137,10 +144,9 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return UNet1DOutput(sample=x) if return_dict else (x,)
 
     def _check(self, sample: Tensor, condition: Tensor | None) -> None:
-        if sample.ndim != 3 or sample.shape[-1] != self.config.token_dim:
-            raise ValueError(
-                f"`sample` must have shape (batch, horizon, {self.config.token_dim}), got {tuple(sample.shape)}."
-            )
+        width = self.config.token_dim + self.config.draft_dim
+        if sample.ndim != 3 or sample.shape[-1] != width:
+            raise ValueError(f"`sample` must have shape (batch, horizon, {width}), got {tuple(sample.shape)}.")
         expected = (sample.shape[0], self.config.condition_dim) if self.config.condition_dim else None
         given = None if condition is None else tuple(condition.shape)
         if given != expected:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -62,10 +63,18 @@ class Level(nn.Module):
         self.second = ResidualTemporalBlock(out_channels, out_channels, embedding_dim, kernel_size)
         self.resample = resample
 
-    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """The level's output after and before the change of resolution."""
-        x = self.second(self.first(x, embedding), embedding)
+    def forward(self, x: Tensor, embedding: Tensor, draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The level's output after and before the change of resolution; `draft` is added between the blocks."""
+        x = self.first(x, embedding)
+        x = self.second(x if draft is None else x + draft, embedding)
         return self.resample(x), x
+
+
+def _zero_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv1d:
+    layer = nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(cast(Tensor, layer.bias))
+    return layer
 
 
 class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -79,6 +88,8 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dim_mults: channels of each level in units of `dim`; the horizon must be divisible by
             `2 ** (len(dim_mults) - 1)`.
         kernel_size: of the convolutions over time.
+        draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
+            It enters through weights that start at zero.
     """
 
     _supports_gradient_checkpointing = False
@@ -90,6 +101,7 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dim: int = 32,
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         kernel_size: int = 5,
+        draft_dim: int = 0,
     ) -> None:
         super().__init__()
         if dim % 8:
@@ -111,6 +123,7 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             double = nn.ConvTranspose1d(in_channels, in_channels, 4, 2, 1)
             self.up.append(Level(out_channels * 2, in_channels, dim, kernel_size, double))
         self.head = nn.Sequential(ConvBlock(dim, dim, kernel_size), nn.Conv1d(dim, transition_dim, 1))
+        self.draft_projection = _zero_conv(draft_dim, widths[1], kernel_size) if draft_dim else None
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True
@@ -118,28 +131,31 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Denoise plans.
 
         Args:
-            sample: noisy plans of shape `(batch, horizon, transition_dim)`.
+            sample: noisy plans of shape `(batch, horizon, transition_dim + draft_dim)`, drafts behind them.
             timestep: a number or shape `(batch,)`.
             condition: must be None: a planner is conditioned by in-painting.
 
         Returns:
-            An output whose `sample` has the shape of the input.
+            An output whose `sample` has shape `(batch, horizon, transition_dim)`.
         """
         factor = 2 ** (len(self.down) - 1)
-        if sample.ndim != 3 or sample.shape[-1] != self.config.transition_dim or sample.shape[1] % factor:
+        width = self.config.transition_dim + self.config.draft_dim
+        if sample.ndim != 3 or sample.shape[-1] != width or sample.shape[1] % factor:
             raise ValueError(
-                f"`sample` must have shape (batch, horizon, {self.config.transition_dim}) with a horizon divisible by "
+                f"`sample` must have shape (batch, horizon, {width}) with a horizon divisible by "
                 f"{factor} (this U-Net halves it {len(self.down) - 1} times), got {tuple(sample.shape)}."
             )
         if condition is not None:
             raise ValueError("`condition` must be None: TemporalUnet is conditioned by in-painting.")
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.dim).to(sample.dtype))
-        x = sample.transpose(1, 2)
+        x, draft = sample.transpose(1, 2).split((self.config.transition_dim, self.config.draft_dim), dim=1)
+        extra = None if self.draft_projection is None else self.draft_projection(draft)
         skips = []
         for level in self.down:
-            x, before = level(x, embedding)
+            x, before = level(x, embedding, extra)
             skips.append(before)
+            extra = None
         x, _ = self.middle(x, embedding)
         for level in self.up:
             x, _ = level(torch.cat([x, skips.pop()], dim=1), embedding)
