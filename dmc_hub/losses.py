@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -68,7 +69,11 @@ def reinforce_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
 
 
 def ppo_clip_loss(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate for one denoising step (Eq. 7 of PPO, arXiv:1707.06347; DDPO, arXiv:2305.13301).
 
@@ -77,12 +82,15 @@ def ppo_clip_loss(
         old_log_prob: the same under the policy that sampled, shape `(B,)`, no gradient.
         advantage: shape `(B,)`.
         clip_range: the ratio is clipped to `[1 - clip_range, 1 + clip_range]`.
+        clip_range_high: the upper bound is `1 + clip_range_high` instead ("clip-higher", section 3.1 of DAPO,
+            arXiv:2503.14476).
 
     Returns:
         The loss per sample and the ratio, both `(B,)`.
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     ratio = torch.exp((log_prob - old_log_prob).clamp(max=80))  # exp(89) is infinite, and 0 * infinity NaN
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + high)
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
@@ -126,6 +134,72 @@ def nft_loss(
     positive = norm(old_prediction + difference - target, mask)
     negative = norm(old_prediction - difference - target, mask)
     return optimality * positive + (1 - optimality) * negative
+
+
+def growing_clip_range(position: float, first: float, last: float, *, rate: float = 3.0) -> float:
+    """Clip range of one denoising step: `first + (last - first) (e^(rate p) - 1) / (e^rate - 1)`.
+
+    `position` is `p`: 0 at the noisiest step that is trained, 1 at the last. What a noisy step changes, all later ones
+    build on, so it is held closer. Source: DPPO (arXiv:2409.00588), whose code has `rate = 3`.
+    """
+    return first + (last - first) * math.expm1(rate * position) / math.expm1(rate)
+
+
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float, *, rate: float = 0.1) -> float:
+    """The KL coefficient after a step on which `kl` was measured: `beta (1 + rate clip(kl / target - 1, -0.2, 0.2))`.
+
+    Source: the proportional controller in log-space of section 2.2 of Ziegler et al., 2019 (arXiv:1909.08593), whose
+    `K_beta` is `rate`.
+    """
+    return coefficient * (1 + rate * min(max(kl / target - 1, -0.2), 0.2))
+
+
+def similarity_credit(latents: Tensor, next_latents: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How much each denoising step goes the way of the whole denoising, `(N, B, ...)` twice to `(N, B)` in `[0, 1]`.
+
+    `kappa_t = max(0, cos(z_{t-1} - z_t, z_0 - z_T))` over the entries that `mask` (`(B, ...)`, bool) selects, for each
+    sample: the second option of section 3.1 of arXiv:2502.12198, which leaves the measure open. The displacements add
+    up to the whole one, so not all of a sample's cosines are negative or 0, unless it did not move.
+
+    Args:
+        latents: `z_t` of every step, the noisiest first.
+        next_latents: `z_{t-1}` of every step.
+        mask: the entries that in-painting did not fix.
+    """
+    moves = torch.stack([*(next_latents - latents), next_latents[-1] - latents[0]])
+    if mask is not None:
+        moves = torch.where(mask, moves, 0)
+    moves = moves.flatten(2)
+    return F.cosine_similarity(moves[:-1], moves[-1:], dim=2).clamp(min=0)
+
+
+def entropy_estimates(
+    samples: Tensor, group_size: int, mask: Tensor | None = None, *, min_distance: float = 1e-3
+) -> Tensor:
+    """Each sample's part of its group's differential entropy, in nats per free entry, `(B, ...)` to `(B,)`.
+
+    The mean over a group is the Kozachenko–Leonenko estimate from nearest neighbours (Eq. 20 of Kraskov et al., 2004,
+    arXiv:cond-mat/0305641, with `k = 1`), divided by the number of free entries `d`:
+    `log(distance) + (log V_d + psi(n) - psi(1)) / d`, where `V_d` is the volume of the unit ball and `n` the size of
+    the group. Up to a constant this estimates `-log p / d` at the sample, so as a reward it makes the policy gradient
+    that of the entropy.
+
+    Args:
+        samples: groups contiguous: `B` is a multiple of `group_size`.
+        group_size: samples that share a condition, at least 2.
+        mask: `(B, ...)`, bool, selects the free entries, as many for all samples of a group.
+        min_distance: neighbours that are closer count as this far apart, in units of the samples: equal samples, of
+            which clamping makes some, have no finite entropy.
+    """
+    flat = (samples if mask is None else torch.where(mask, samples, 0)).flatten(1)
+    entries = torch.full_like(flat[:, 0], flat.shape[1]) if mask is None else mask.flatten(1).sum(1).to(flat)
+    grouped = flat.unflatten(0, (-1, group_size))
+    distances = torch.cdist(grouped, grouped, compute_mode="donot_use_mm_for_euclid_dist")
+    itself = torch.eye(group_size, dtype=torch.bool, device=flat.device)
+    nearest = distances.masked_fill(itself, math.inf).amin(2).flatten().clamp(min=min_distance)
+    log_volume = entries / 2 * math.log(math.pi) - torch.lgamma(entries / 2 + 1)
+    harmonic = sum(1 / count for count in range(1, group_size))  # psi(n) - psi(1)
+    return nearest.log() + (log_volume + harmonic) / entries
 
 
 def diffusion_dpo_loss(

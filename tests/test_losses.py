@@ -9,16 +9,20 @@ import torch
 from torch.distributions import Normal
 
 from dmc_hub.losses import (
+    adapted_kl_coefficient,
     denoising_loss,
     diffusion_dpo_loss,
+    entropy_estimates,
     expectile_loss,
     group_advantages,
+    growing_clip_range,
     masked_mean_square,
     nft_loss,
     plackett_luce_loss,
     ppo_clip_loss,
     reinforce_loss,
     self_normalized_error,
+    similarity_credit,
 )
 
 
@@ -114,6 +118,91 @@ def test_ppo_clips_only_the_side_that_has_had_enough(
     assert float(found.detach()) == pytest.approx(ratio)
     assert float(loss.detach()) == pytest.approx(expected)
     assert float(log_prob.grad) == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "gradient"),
+    [(1.3, 1.0, -1.3, -1.3), (1.5, 1.0, -1.4, 0.0), (0.85, -1.0, 0.85, 0.85), (0.7, -1.0, 0.8, 0.0)],
+)
+def test_ppo_bounds_may_differ(ratio: float, advantage: float, expected: float, gradient: float) -> None:
+    """Between 1 - 0.2 and 1 + 0.4."""
+    log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, _ = ppo_clip_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.4)
+    loss.sum().backward()
+    assert log_prob.grad is not None
+    assert float(loss.detach()) == pytest.approx(expected)
+    assert float(log_prob.grad) == pytest.approx(gradient)
+
+
+def test_the_clip_range_grows_exponentially_between_its_ends() -> None:
+    ranges = [growing_clip_range(step / 4, 0.01, 0.2) for step in range(5)]
+    assert ranges[0] == 0.01
+    assert ranges[4] == pytest.approx(0.2)
+    assert ranges[2] == pytest.approx(0.01 + 0.19 * 0.182426, rel=1e-5)  # (e^1.5 - 1) / (e^3 - 1)
+    steps = [after - before for before, after in itertools.pairwise(ranges)]
+    factors = [after / before for before, after in itertools.pairwise(steps)]
+    assert factors == pytest.approx([math.exp(0.75)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(0.5, 2.0), (0.55, 2.02), (0.45, 1.98), (0.6, 2.04), (50.0, 2.04), (0.0, 1.96)]
+)
+def test_the_kl_coefficient_follows_the_error_within_bounds(kl: float, expected: float) -> None:
+    """From 2, with a target of 0.5: a tenth of the relative error, at most 2 %."""
+    assert adapted_kl_coefficient(2.0, kl, 0.5) == pytest.approx(expected)
+
+
+def test_similarity_credit_by_hand() -> None:
+    # Sample 0 goes right, then up: both at 45 degrees to the whole move (1, 1). Sample 1 goes left, then right past the
+    # start; sample 2 up, then along (3, 0): the whole move is (3, 4), of length 5.
+    z = torch.tensor([[[0.0, 0], [1, 0], [1, 1]], [[0, 0], [-1, 0], [3, 0]], [[0, 0], [0, 4], [3, 4]]]).transpose(0, 1)
+    expected = [[math.sqrt(0.5), 0, 0.8], [math.sqrt(0.5), 1, 0.6]]
+    torch.testing.assert_close(similarity_credit(z[:-1], z[1:]), torch.tensor(expected))
+
+
+def test_similarity_credit_counts_only_the_free_entries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents, fixed = torch.randn(5, 3, 2, 4, generator=generator), torch.randn(5, 3, 2, 4, generator=generator)
+    mask = torch.rand(3, 2, 4, generator=generator) < 0.5
+    mixed = torch.where(mask, latents, fixed)
+    credit = similarity_credit(latents[:-1], latents[1:], mask)
+    assert credit.shape == (4, 3)
+    assert torch.equal(credit, similarity_credit(mixed[:-1], mixed[1:], mask))
+    assert not torch.equal(credit, similarity_credit(latents[:-1], latents[1:]))
+
+
+def test_entropy_by_hand() -> None:
+    # A line, pairs 3 and 0.5 apart: log distance + log 2, the length of [-1, 1], + psi(2) - psi(1) = 1.
+    pairs = entropy_estimates(torch.tensor([[0.0], [3.0], [1.0], [1.5]]), 2)
+    expected = [math.log(3) + math.log(2) + 1] * 2 + [math.log(0.5) + math.log(2) + 1] * 2
+    assert pairs.tolist() == pytest.approx(expected)
+    # Three points of a plane: log distance to the nearest + (log pi + 1 + 1/2) / 2.
+    offset = (math.log(math.pi) + 1.5) / 2
+    triple = entropy_estimates(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 2.0]]), 3)
+    assert triple.tolist() == pytest.approx([math.log(d) + offset for d in (2, math.sqrt(13), 2)])
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_entropy_estimates_are_those_of_the_distribution(dim: int) -> None:
+    samples = 0.3 * torch.randn(8 * 1000, dim, generator=torch.Generator().manual_seed(0))
+    expected = float(Normal(0.0, 0.3).entropy())
+    assert float(entropy_estimates(samples, 1000, min_distance=1e-9).mean()) == pytest.approx(expected, abs=0.04)
+
+
+def test_entropy_counts_only_the_free_entries_and_bounds_equal_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples, mask = torch.randn(8, 2, 3, generator=generator), torch.tensor([[True, False, True], [False, False, True]])
+    free = entropy_estimates(samples, 4, mask.expand(8, 2, 3))
+    torch.testing.assert_close(free, entropy_estimates(samples[:, mask], 4))
+    assert float(entropy_estimates(torch.ones(2, 1), 2)[0]) == pytest.approx(math.log(1e-3) + math.log(2) + 1)
+
+
+def test_the_entropy_reward_has_the_gradient_of_the_entropy() -> None:
+    """The entropy of N(0, sigma^2) rises by 1 per log sigma, whose score is z^2 - 1."""
+    z = torch.randn(100 * 200, 1, generator=torch.Generator().manual_seed(0))
+    bonus = entropy_estimates(0.5 * z, 200, min_distance=1e-9)
+    gradient = ((z[:, 0] ** 2 - 1) * (bonus - bonus.mean())).mean()
+    assert float(gradient) == pytest.approx(1, abs=0.08)
 
 
 def test_first_ppo_ratio_is_exactly_1_and_its_gradient_is_reinforce() -> None:

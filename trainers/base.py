@@ -92,6 +92,11 @@ class DiffusionConfig(TrainingArguments):
         saves = self.save_strategy != "no"
         self._check(not (without_output and saves), "`output_dir` is None, but `save_strategy` is not 'no'.")
         self._check(not self.push_to_hub, "`push_to_hub` must be False: use `pipeline.push_to_hub`.")
+        self._check(
+            not self.activation_checkpointing_kwargs,
+            "`activation_checkpointing_kwargs` must be empty, got {}: there is one way to recompute.",
+            self.activation_checkpointing_kwargs,
+        )
         sharded = bool(self.fsdp or self.deepspeed)
         self._check(not sharded, "`fsdp` and `deepspeed` are not supported: start several processes instead.")
 
@@ -224,6 +229,14 @@ class DiffusionTrainer(Trainer, ABC):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `extra_state` returned; called before the first step of a resumed run, on CPU
         tensors."""
+
+    def recompute_activations(self) -> None:
+        """Called before training with `activation_checkpointing`: by default diffusers' own checkpointing."""
+        if not self.model._supports_gradient_checkpointing:
+            raise ValueError(
+                f"`activation_checkpointing` must be False: `{type(self.model).__name__}` has no checkpointing."
+            )
+        self.model.enable_gradient_checkpointing()
 
     def after_optimizer_step(self) -> None:
         """Called after each optimizer step, before a checkpoint is written: to move a target network, say."""
@@ -396,15 +409,17 @@ class DiffusionTrainer(Trainer, ABC):
 
     @contextmanager
     def _gradient_checkpointing(self) -> Iterator[None]:
-        """Call diffusers' method; the stock trainer would call one that diffusers models don't have."""
-        wanted = self.args.activation_checkpointing
+        """Hide the setting from the stock trainer, which would call a method that diffusers models don't have."""
+        wanted, was_on = self.args.activation_checkpointing, self.model.is_gradient_checkpointing
         if wanted:
-            self.model.enable_gradient_checkpointing()
+            self.recompute_activations()
         self.args.activation_checkpointing = False
         try:
             yield
         finally:
             self.args.activation_checkpointing = wanted
+            if wanted and not was_on:
+                self.model.disable_gradient_checkpointing()
 
     def _seeded(self, purpose: str, micro_step: int) -> torch.Generator:
         seed = hash_seed(purpose, self.args.seed, self.args.process_index, micro_step)

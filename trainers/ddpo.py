@@ -8,13 +8,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmc_hub.losses import group_advantages, ppo_clip_loss, reinforce_loss
+from dmc_hub.losses import (
+    adapted_kl_coefficient,
+    entropy_estimates,
+    group_advantages,
+    growing_clip_range,
+    ppo_clip_loss,
+    reinforce_loss,
+    similarity_credit,
+)
 from dmc_hub.scheduler import GaussianTransition
-from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer, pack, unpack
+from dmc_hub.trainers.sampling import pack, unpack
+from dmc_hub.trainers.truncated import TruncatedConfig, TruncatedTrainer
 
 
 @dataclass(kw_only=True)
-class DDPOConfig(SamplingConfig):
+class DDPOConfig(TruncatedConfig):
     """Settings of `DDPOTrainer`."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate."})
@@ -28,42 +37,85 @@ class DDPOConfig(SamplingConfig):
     clip_range: float = field(
         default=0.2, metadata={"help": "PPO: the ratio of one denoising step stays within 1 ± clip_range."}
     )
+    clip_range_high: float | None = field(
+        default=None,
+        metadata={"help": "PPO: the ratio's upper bound is 1 + this (DAPO's clip-higher); None for `clip_range`."},
+    )
+    clip_range_first: float | None = field(
+        default=None,
+        metadata={
+            "help": "PPO: clip range of the noisiest step that is trained, from which it grows exponentially to "
+            "`clip_range` (and `clip_range_high`) at the last, as in DPPO; None: the same for all steps."
+        },
+    )
     kl_coefficient: float = field(
         default=0.03, metadata={"help": "Weight of the closed-form KL to the foundation, per denoising step."}
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt the KL's weight, at first `kl_coefficient`, by up to a fiftieth each optimizer step so that "
+            "the KL of a denoising step comes to this, in nats per free entry; None: constant weight."
+        },
+    )
+    entropy_coefficient: float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to a sample's reward per nat (per free entry) of the entropy of its group, estimated from "
+            "the distance to its nearest neighbour; needs groups of some size."
+        },
     )
     group_size: int = field(default=8, metadata={"help": "Samples per condition; advantages are relative to them."})
     advantage_scale: Literal["running", "global", "group", "none"] = field(
         default="running",
         metadata={
             "help": "Advantages are divided by the standard deviation of centred rewards: over the whole run so far, "
-            "the batch, each group, or not at all. Only the first lets the gradient fade as samples come to agree."
+            "the batch, each group, or not at all. With the second and third the gradient does not fade as samples "
+            "come to agree."
         },
     )
     num_train_denoising_steps: int | None = field(
-        default=3, metadata={"help": "Denoising steps trained per sample, drawn at random; None for all."}
+        default=3,
+        metadata={
+            "help": "Denoising steps trained per sample and micro-step, drawn at random; None for all. 1, with several "
+            "`epochs_per_rollout`, updates the controller step by step."
+        },
     )
-    last_k_steps: int | None = field(
-        default=None, metadata={"help": "Train only the last K denoising steps (`sg(., K)` of Eq. 8); None for all."}
-    )
-    credit: Literal["noise_level", "uniform", "decreasing"] = field(
+    credit: Literal["noise_level", "uniform", "decreasing", "similarity"] = field(
         default="noise_level",
         metadata={
-            "help": "Weights kappa_t of the denoising steps: proportional to the transition's std in units of the "
-            "noisy sample's scale sqrt(alpha^2 + sigma^2), equal, or linearly decreasing from the noisiest step."
+            "help": "Weights kappa_t of the denoising steps, each of its policy loss and KL: proportional to the "
+            "transition's std in units of the noisy sample's scale sqrt(alpha^2 + sigma^2), equal, linearly decreasing "
+            "from the noisiest step, or for each sample the cosine, if positive, between the displacement of the step, "
+            "z_{t-1} - z_t, and the whole one, z_0 - z_T."
         },
+    )
+    denoising_discount: float = field(
+        default=1.0,
+        metadata={"help": "kappa_t is multiplied by this to the power of the number of steps that follow (DPPO)."},
     )
     batches_per_rollout: int = field(default=1, metadata={"help": "Micro-batches sampled before training on them."})
     epochs_per_rollout: int = field(default=1, metadata={"help": "Times each sampled micro-batch is trained on."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("num_train_denoising_steps", "last_k_steps", "batches_per_rollout", "epochs_per_rollout")
-        self.require_not_negative("clip_range", "kl_coefficient")
+        self.require_positive("num_train_denoising_steps", "batches_per_rollout", "epochs_per_rollout")
+        clips = [name for name in ("clip_range_high", "clip_range_first") if getattr(self, name) is not None]
+        self.require_not_negative("clip_range", *clips, "kl_coefficient", "entropy_coefficient")
+        if not 0 < self.denoising_discount <= 1:
+            raise ValueError(f"`denoising_discount` must lie in (0, 1], got {self.denoising_discount}.")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coefficient > 0):
+            raise ValueError(
+                f"`kl_target` and the `kl_coefficient` that it starts from must be positive, got {self.kl_target} and "
+                f"{self.kl_coefficient}. To use no KL set `kl_target` to None."
+            )
         if self.group_size < 2 or self.per_device_train_batch_size % self.group_size:
             raise ValueError(
                 f"`group_size` must be at least 2 and divide `per_device_train_batch_size` "
                 f"({self.per_device_train_batch_size}), got {self.group_size}."
             )
+        if self.loss_type == "reinforce" and clips:
+            raise ValueError(f"`{clips[0]}` is of the 'ppo' loss: set it to None for `loss_type` 'reinforce'.")
         if self.loss_type == "reinforce" and self.batches_per_rollout * self.epochs_per_rollout > 1:
             raise ValueError(
                 "`loss_type` 'reinforce' needs samples of the current policy: set `batches_per_rollout` and "
@@ -71,11 +123,19 @@ class DDPOConfig(SamplingConfig):
             )
 
 
-class DDPOTrainer(SamplingTrainer):
+class DDPOTrainer(TruncatedTrainer):
     """Treats denoising as a multi-step decision process and follows its policy gradient (Eq. 7, 8 of arXiv:2502.12198).
 
     One micro-batch is sampled, and trained on, in the same composition: a step's log-probability is computed twice by
     the same code on the same tensors, so the ratio before the first update is exactly 1 (DDPO, arXiv:2305.13301).
+
+    The loss is the mean over the trained denoising steps of `kappa_t (policy loss + KL coefficient * KL)`. `kappa_t`
+    weighs the whole objective of a step, its KL included, and is 1 on average over the steps that have a density. A
+    deterministic step, as the last one is, has none: it changes only with the network that it shares with the others.
+
+    The entropy bonus is a reward, not a term of the loss: the std of a transition does not depend on the network, so
+    the entropy of each step is constant and its gradient 0. What training can lose is the diversity of `z_0`, which is
+    estimated from nearest neighbours among the samples of a condition (as in APT, arXiv:2103.04551).
     """
 
     args: DDPOConfig
@@ -84,6 +144,8 @@ class DDPOTrainer(SamplingTrainer):
         super().__init__(*args, **kwargs)
         self.warn_without_reference("kl_coefficient")
         self._reward_moments = torch.zeros(2, dtype=torch.float64)  # sum of squared centred rewards, their number
+        self._kl_coefficient = self.args.kl_coefficient
+        self._kl_moments = torch.zeros(2, device=self.args.device)  # of this optimizer step: sum of KLs, their number
 
     @property
     def micro_steps_per_buffer(self) -> int:
@@ -95,9 +157,14 @@ class DDPOTrainer(SamplingTrainer):
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = {name: value[position % self.args.batches_per_rollout] for name, value in buffer.items()}
-        steps = batch["stds"].nonzero().flatten()[-(self.args.last_k_steps or len(batch["stds"])) :]
+        steps = self._trainable_steps(batch["stds"])
         count = self.args.num_train_denoising_steps or len(steps)
         return {**batch, "steps": steps[torch.randperm(len(steps), generator=generator)[:count]].sort().values}
+
+    def _trainable_steps(self, stds: Tensor) -> Tensor:
+        """Indices of the steps that have a density, of these the last K."""
+        steps = stds.nonzero().flatten()
+        return steps[-(self.num_grad_steps or len(steps)) :]
 
     def _sample_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size
@@ -114,6 +181,10 @@ class DDPOTrainer(SamplingTrainer):
             )
         rewards = self.rewards(latents, condition)
         self.log_metric("reward", rewards)
+        if self.args.entropy_coefficient > 0:
+            entropies = entropy_estimates(latents, self.args.group_size, self.pipeline.free_entries(condition))
+            self.log_metric("entropy", entropies)
+            rewards = rewards + self.args.entropy_coefficient * entropies
         return {
             "latents": torch.stack(trajectory.latents),
             "next_latents": torch.stack(trajectory.next_latents),
@@ -144,51 +215,84 @@ class DDPOTrainer(SamplingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         model.eval()  # with dropout, two evaluations of one policy would differ
-        credits = self._credits(inputs["stds"], inputs["timesteps"])
-        losses = [credits[step] * self._step_loss(inputs, step) for step in inputs["steps"].tolist()]
-        return torch.stack(losses).mean()
+        credits = self._credits(inputs)
+        return torch.stack([self._step_loss(inputs, step, credits[step]) for step in inputs["steps"].tolist()]).mean()
 
-    def _step_loss(self, inputs: dict[str, Tensor], step: int) -> Tensor:
-        """Policy loss and KL of one denoising step, averaged over the samples."""
+    def _step_loss(self, inputs: dict[str, Tensor], step: int, credit: Tensor) -> Tensor:
+        """Policy loss and KL of one denoising step, weighted by its credit, `()` or `(B,)`; mean over the samples."""
         condition = unpack("condition", inputs)
         mask = self.pipeline.free_entries(condition)
-        x_s, old_log_prob, advantages = inputs["next_latents"][step], inputs["log_probs"][step], inputs["advantages"]
-        transition = self._transition(inputs, step, condition)
-        log_prob = transition.log_prob(x_s, mask)
-        if self.args.loss_type == "reinforce":
-            loss = reinforce_loss(log_prob, advantages)
-        else:
-            loss, ratio = ppo_clip_loss(log_prob, old_log_prob, advantages, self.args.clip_range)
-            self.log_metric("ratio", ratio)
-            self.log_metric("clip_fraction", ((ratio - 1).abs() > self.args.clip_range).float())
+        transition = self._transition(inputs, step, condition, self.network)
+        loss = self._policy_loss(transition.log_prob(inputs["next_latents"][step], mask), inputs, step)
         if self.args.kl_coefficient > 0 and self.pipeline.lora_names:
             with torch.no_grad(), self.pipeline.lora_disabled():
                 reference = self._transition(inputs, step, condition)
             kl = transition.kl(reference, mask)
             self.log_metric("kl", kl)
-            loss = loss + self.args.kl_coefficient * kl
-        return loss.mean()
+            if self.args.kl_target is not None:
+                entries = transition.mean[0].numel() if mask is None else mask.flatten(1).sum(1)
+                self._kl_moments += torch.stack([(kl.detach() / entries).sum(), kl.new_tensor(len(kl))])
+            loss = loss + self._kl_coefficient * kl
+        return credit * loss.mean() if credit.ndim == 0 else (credit * loss).mean()
 
-    def _transition(self, inputs: dict[str, Tensor], step: int, condition: dict[str, Tensor]) -> GaussianTransition:
+    def _policy_loss(self, log_prob: Tensor, inputs: dict[str, Tensor], step: int) -> Tensor:
+        """REINFORCE or PPO of one denoising step, `(B,)`."""
+        if self.args.loss_type == "reinforce":
+            return reinforce_loss(log_prob, inputs["advantages"])
+        low, high = self._clip_ranges(inputs["stds"], step)
+        loss, ratio = ppo_clip_loss(log_prob, inputs["log_probs"][step], inputs["advantages"], low, high)
+        self.log_metric("ratio", ratio)
+        self.log_metric("clip_fraction", ((1 - ratio > low) | (ratio - 1 > high)).float())
+        return loss
+
+    def _clip_ranges(self, stds: Tensor, step: int) -> tuple[float, float]:
+        """How far the ratio of this step may fall below 1 and rise above it."""
+        low, first = self.args.clip_range, self.args.clip_range_first
+        high = low if self.args.clip_range_high is None else self.args.clip_range_high
+        if first is None:
+            return low, high
+        steps = self._trainable_steps(stds).tolist()
+        position = steps.index(step) / (len(steps) - 1) if len(steps) > 1 else 1.0
+        return growing_clip_range(position, first, low), growing_clip_range(position, first, high)
+
+    def _transition(
+        self, inputs: dict[str, Tensor], step: int, condition: dict[str, Tensor], network: nn.Module | None = None
+    ) -> GaussianTransition:
         x_t, timestep = inputs["latents"][step], int(inputs["timesteps"][step])
-        output = self.pipeline.predict(x_t, timestep, condition)
+        output = self.pipeline.predict(x_t, timestep, condition, network)
         return self.pipeline.scheduler.transition(output, x_t, timestep, int(inputs["next_timesteps"][step]))
 
-    def _credits(self, stds: Tensor, timesteps: Tensor) -> list[float]:
-        """`kappa_t` of every denoising step, 1 on average over those that have a density (section 3.1)."""
-        stochastic = (stds > 0).to(stds)
+    def _credits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """`kappa_t` of every denoising step, `(N,)` or for each sample `(N, B)` (section 3.1); 0 without a density."""
+        stds = inputs["stds"]
+        weights = (stds > 0).to(stds)
         if self.args.credit == "noise_level":
-            at = self.pipeline.scheduler.coefficients(timesteps, timesteps)
+            at = self.pipeline.scheduler.coefficients(inputs["timesteps"], stds)
             weights = stds / torch.sqrt(at.alpha**2 + at.sigma**2).to(stds)
         elif self.args.credit == "decreasing":
-            weights = stochastic * torch.linspace(len(stds), 1, len(stds), device=stds.device)
-        else:
-            weights = stochastic
-        return (weights * stochastic.sum() / weights.sum()).tolist()
+            weights = weights * torch.linspace(len(stds), 1, len(stds), device=stds.device)
+        weights = weights * self.args.denoising_discount ** torch.arange(len(stds) - 1, -1, -1, device=stds.device)
+        if self.args.credit == "similarity":
+            mask = self.pipeline.free_entries(unpack("condition", inputs))
+            similarity = similarity_credit(inputs["latents"], inputs["next_latents"], mask)
+            counted = weights[:, None] * similarity
+            # a sample may have come all its way in the last step, which has no density
+            weights = torch.where(counted.sum(0) > 0, counted, weights[:, None])
+        return weights * (stds > 0).sum() / weights.sum(0)
+
+    def after_optimizer_step(self) -> None:
+        if self.args.kl_target is None or not self.pipeline.lora_names:
+            return
+        total, count = self.accelerator.reduce(self._kl_moments).tolist()
+        self._kl_coefficient = adapted_kl_coefficient(self._kl_coefficient, total / count, self.args.kl_target)
+        self._kl_moments = torch.zeros_like(self._kl_moments)
+        self.log_metric("kl_coefficient", self._kl_coefficient)
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {**super().extra_state(), "reward_moments": self._reward_moments}
+        kl_coefficient = torch.tensor(self._kl_coefficient, dtype=torch.float64)
+        return {**super().extra_state(), "reward_moments": self._reward_moments, "kl_coefficient": kl_coefficient}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self._reward_moments = state.pop("reward_moments")
+        self._kl_coefficient = state.pop("kl_coefficient").item()
         super().load_extra_state(state)

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from dmc_hub.losses import denoising_loss
 from dmc_hub.rewards import call_reward
-from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer, pack, unpack
+from dmc_hub.trainers.sampling import pack, unpack
+from dmc_hub.trainers.truncated import TruncatedConfig, TruncatedTrainer
 
 
 @dataclass(kw_only=True)
-class RewardGradientConfig(SamplingConfig):
+class RewardGradientConfig(TruncatedConfig):
     """Settings of `RewardGradientTrainer`."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Samples per process and step."})
     max_steps: int = field(default=200, metadata={"help": "Optimizer steps."})
-    last_k_steps: int = field(
-        default=2, metadata={"help": "Gradients flow through the last K denoising steps (`sg(., K)` of Eq. 9)."}
+    last_k_steps: int | None = field(
+        default=2,
+        metadata={"help": "Gradients flow through the last K denoising steps (`sg(., K)` of Eq. 9); None for all."},
     )
     reference_coefficient: float = field(
         default=0.1,
@@ -32,15 +34,15 @@ class RewardGradientConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("last_k_steps")
         self.require_not_negative("reference_coefficient")
 
 
-class RewardGradientTrainer(SamplingTrainer):
+class RewardGradientTrainer(TruncatedTrainer):
     """QV-PG (Eq. 9 of arXiv:2502.12198): ascends the reward's own gradient; the reward must be differentiable.
 
-    Only the last K steps are part of the graph, so memory grows with K and not with the number of steps. The divergence
-    from the foundation is held by the distance of the two networks' predictions on noised data.
+    Only the last K steps are part of the graph, so memory grows with K and not with the number of steps; with
+    `activation_checkpointing` by K latents instead of K times the network's activations. The divergence from the
+    foundation is held by the distance of the two networks' predictions on noised data.
     """
 
     args: RewardGradientConfig
@@ -74,11 +76,13 @@ class RewardGradientTrainer(SamplingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         condition = unpack("condition", inputs)
+        num_steps = self.args.num_inference_steps or self.pipeline.config.num_inference_steps
         latents = self.pipeline.sample(
             condition,
-            num_inference_steps=self.args.num_inference_steps,
+            num_inference_steps=num_steps,
             generator=self.generator("denoising"),
-            num_grad_steps=self.args.last_k_steps,
+            denoiser=self.network,
+            num_grad_steps=self.num_grad_steps or num_steps,
         )
         rewards = call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
         if not rewards.requires_grad:
@@ -98,7 +102,7 @@ class RewardGradientTrainer(SamplingTrainer):
         x0, condition = self.pipeline.encode(unpack("data", inputs))
         condition = self.pipeline.complete_condition(condition, self.generator("reference"))
         x_t = self.pipeline.scheduler.add_noise(x0, inputs["noise"], inputs["timesteps"])
-        prediction = self.pipeline.predict(x_t, inputs["timesteps"], condition)
+        prediction = self.pipeline.predict(x_t, inputs["timesteps"], condition, self.network)
         with torch.no_grad(), self.pipeline.lora_disabled():
             reference = self.pipeline.predict(x_t, inputs["timesteps"], condition)
         return denoising_loss(prediction, reference, self.pipeline.free_entries(condition)).mean()

@@ -110,7 +110,10 @@ def test_dpo_errors_are_those_of_the_noise_over_the_free_entries(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"credit": "increasing"}, "`credit` must be one of noise_level, uniform, decreasing; got 'increasing'"),
+        (
+            {"credit": "increasing"},
+            "`credit` must be one of noise_level, uniform, decreasing, similarity; got 'increasing'",
+        ),
         ({"advantage_scale": "batch"}, "`advantage_scale` must be one of running, global, group, none; got 'batch'"),
         ({"loss_type": "grpo"}, "`loss_type` must be one of ppo, reinforce; got 'grpo'"),
         ({"clip_range": -0.2}, r"`clip_range` must be at least 0, got -0\.2"),
@@ -266,6 +269,8 @@ def test_two_processes_share_the_target_and_the_moments(tmp_path: Path) -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert torch.equal(first["moments.whole"], first["moments.resumed"])
+    assert torch.equal(first["kl.whole"], first["kl.resumed"])
+    assert first["kl.whole"] > 0.03
     assert first["moments.whole"][0] > 0
     assert first["moments.whole"][1] == 2 * 16 * 3  # three rollouts of 16 samples on two processes
 
@@ -279,7 +284,7 @@ def two_process_scenario(folder: Path) -> None:
     tensors = {f"target.{name}": value for name, value in iql.target.state_dict().items()}
 
     def trainer(max_steps: int, output_dir: Path | None = None) -> DDPOTrainer:
-        settings: dict[str, Any] = {**SMALL, "lr_scheduler_type": "constant", "max_steps": max_steps}
+        settings: dict[str, Any] = {**SMALL, "lr_scheduler_type": "constant", "max_steps": max_steps, "kl_target": 0.01}
         if output_dir is not None:
             settings |= {"save_strategy": "steps", "save_steps": 1, "output_dir": str(output_dir)}
         lora = LoraConfig(r=4, init_lora_weights=False)
@@ -292,6 +297,10 @@ def two_process_scenario(folder: Path) -> None:
     resumed = trainer(3, folder / "run")
     resumed.train(resume_from_checkpoint=True)
     tensors |= {"moments.whole": whole._reward_moments, "moments.resumed": resumed._reward_moments}
+    tensors |= {
+        "kl.whole": whole.extra_state()["kl_coefficient"],
+        "kl.resumed": resumed.extra_state()["kl_coefficient"],
+    }
     tensors |= {"advantages": whole._buffer["advantages"]}
     tensors |= {"world_size": torch.tensor(torch.distributed.get_world_size())}
     checkpoint.save_tensors(folder / f"rank-{rank}.safetensors", tensors)
