@@ -107,8 +107,10 @@ def _report(cell: Cell, output_dir: Path, seed: int, training_scale: float, num_
         theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # the folder may have moved
         if theirs == json.loads(json.dumps(vars(settings))):
             return checkpoint.load_json(finished)
-    foundation = str(_foundation(cell, output_dir, settings))
-    return align_task(dataclasses.replace(settings, foundation=foundation), folder)
+    settings = dataclasses.replace(settings, foundation=str(_foundation(cell, output_dir, settings)))
+    quick = "" if training_scale == 1.0 else " --quick"
+    command = f"dmc-hub reproduce-nav1d --output-dir runs/nav1d-table --datasets {cell.dataset} --seeds {seed}{quick}"
+    return align_task(settings, folder, command=command)
 
 
 def _settings(cell: Cell, seed: int, training_scale: float, num_episodes: int) -> RunSettings:
