@@ -52,6 +52,17 @@ class AlignArguments:
     num_retries: int = field(
         default=1, metadata={"help": "Times a collapsed stage is tried again, at a lower learning rate."}
     )
+    max_divergence: float | None = field(
+        default=None,
+        metadata={"help": "delta of Eq. 6: states of a larger denoising KL to the foundation, in nats, are not kept."},
+    )
+    min_diversity: float | None = field(
+        default=None,
+        metadata={"help": "States whose candidates spread less than this share of the foundation's are not kept."},
+    )
+    num_upsampling_passes: int = field(
+        default=0, metadata={"help": "Passes through a cascade that is trained after alignment; 0 trains none."}
+    )
     num_candidates: int | None = field(
         default=None, metadata={"help": "Candidates per decision in the evaluation; the preset's by default."}
     )
@@ -81,7 +92,11 @@ class AlignArguments:
             min_gain=self.min_gain,
             validations_per_stage=self.validations_per_stage,
             num_retries=self.num_retries,
+            max_divergence=self.max_divergence,
+            min_diversity=self.min_diversity,
         )
+        if self.num_upsampling_passes < 0:
+            raise ValueError(f"`num_upsampling_passes` must be at least 0, got {self.num_upsampling_passes}.")
         if "ddpo" in methods and SAMPLERS[self.sampler][0]["eta"] == 0:
             raise ValueError(
                 f"`methods` has ddpo, which needs noise in each step: `sampler` {self.sampler!r} adds none."
@@ -101,6 +116,9 @@ class AlignArguments:
             num_evaluation_episodes=self.num_evaluation_episodes,
             training_scale=self.training_scale,
             foundation=self.foundation,
+            max_divergence=self.max_divergence,
+            min_diversity=self.min_diversity,
+            num_upsampling_passes=self.num_upsampling_passes,
         )
 
 

@@ -91,6 +91,42 @@ def plot_return_histogram(before: np.ndarray, after: np.ndarray, path: str | os.
     _save(figure, path)
 
 
+def plot_diversity_front(
+    stages: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], min_diversity: float | None = None
+) -> None:
+    """Return of every validated state over the diversity of its candidates, one colour per method.
+
+    States that no other surpasses in both are joined by a line, the front.
+
+    Args:
+        stages: one mapping per stage, the foundation's first, with `name`, `validations` (mappings with `return_mean`
+            and `diversity`), and its own `return_mean` and `diversity`.
+        path: the PNG file to write.
+        min_diversity: the bound as a share of the foundation's diversity, a dotted line.
+    """
+    if len(stages) == 0:
+        raise ValueError("`stages` is empty: there is nothing to plot.")
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    points = [(row["diversity"], row["return_mean"]) for stage in stages for row in stage["validations"] or [stage]]
+    axes.plot(*zip(*pareto_front(points), strict=True), color="0.75", linewidth=2, zorder=1, label="front")
+    for name in dict.fromkeys(stage["name"] for stage in stages):
+        states = [row for stage in stages if stage["name"] == name for row in stage["validations"] or [stage]]
+        axes.scatter([row["diversity"] for row in states], [row["return_mean"] for row in states], s=26, label=name)
+    if min_diversity is not None:
+        bound = min_diversity * stages[0]["diversity"]
+        axes.axvline(bound, color="black", linewidth=1.2, linestyle=":", label=f"bound {bound:.3f}")
+    axes.set(xlabel="diversity of candidates", ylabel="return, one candidate")
+    axes.legend(frameon=False, fontsize=8)
+    _hide_spines(axes)
+    _save(figure, path)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other equals or surpasses in both coordinates, by ascending first coordinate."""
+    return [a for a in sorted(set(points)) if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in points)]
+
+
 def plot_table(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], optimum: float | None = None) -> None:
     """Before and after of every cell of a table as a line between two dots, beside the published figure.
 

@@ -6,7 +6,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
 from dmc_hub.scheduler import TransitionScheduler
 from dmc_hub.trainers.alignment import METHODS
+from dmc_hub.trainers.cascade import CascadeConfig
 from dmc_hub.trainers.denoising import DenoisingConfig
 from dmc_hub.trainers.iql import IQLConfig
 from dmc_hub.trainers.sampling import SamplingConfig
@@ -43,7 +44,7 @@ class Preset:
         build_pipeline: `(episodes, seed) -> pipeline` with untrained networks and fitted statistics.
         foundation: settings of `DenoisingTrainer` that differ from its defaults; likewise `critic` of `IQLTrainer`.
         methods: alignment methods of one pass.
-        stages: settings of each method that differ from its defaults.
+        stages: settings of each method that differ from its defaults; `cascade` those of `CascadeTrainer`.
         num_candidates: candidates per decision when the controller is evaluated, as in the paper's tables.
         num_threads: torch's threads on a CPU: networks this small gain nothing from a second one, and on a busy machine
             its waiting costs a hundredfold.
@@ -55,6 +56,7 @@ class Preset:
     methods: tuple[str, ...]
     stages: dict[str, dict[str, Any]]
     num_candidates: int
+    cascade: dict[str, Any] = field(default_factory=dict)
     num_threads: int = 1
 
     def foundation_config(self, **overrides: Any) -> DenoisingConfig:
@@ -66,11 +68,18 @@ class Preset:
         return IQLConfig(**{"output_dir": None, **self.critic, **overrides})
 
     def stage_configs(self, **overrides: Any) -> dict[str, SamplingConfig]:
-        """Config of every alignment method."""
+        """Config of every alignment method; "joint" takes those of `methods`, for as many steps as all of them."""
+        members = {method: self.stages[method] for method in self.methods}
+        steps = sum(settings["max_steps"] for settings in members.values())
+        stages = {**self.stages, "joint": {"members": members, "max_steps": steps}}
         return {
             method: METHODS[method][1](**{"output_dir": None, **settings, **overrides})
-            for method, settings in self.stages.items()
+            for method, settings in stages.items()
         }
+
+    def cascade_config(self, **overrides: Any) -> CascadeConfig:
+        """Config of the up-sampler's training."""
+        return CascadeConfig(**{"output_dir": None, **self.cascade, **overrides})
 
 
 def build_nav1d_planner(episodes: Episodes, seed: int, sampler: str = "ddpm") -> DiffuserPlannerPipeline:
@@ -165,6 +174,7 @@ def nav1d(
             "sft": {"max_steps": 75, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
         },
         num_candidates=16,
+        cascade={"max_steps": 150, "per_device_train_batch_size": 128, "num_conditions": 128},
     )
 
 

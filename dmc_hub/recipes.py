@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, get_task
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
+from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.denoising import DenoisingTrainer
 from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
 from dmc_hub.trainers.iql import IQLTrainer
@@ -48,7 +50,8 @@ class RunSettings:
         methods: alignment methods of one pass.
         max_passes: passes through them at most.
         min_gain: a pass that raises the validated return by a smaller share is the last.
-        validations_per_stage: see `AlignmentConfig`; likewise `num_retries`.
+        validations_per_stage: see `AlignmentConfig`; likewise `num_retries`, `max_divergence` and `min_diversity`.
+        num_upsampling_passes: passes through an up-sampler that is trained after alignment; 0 trains none.
         num_candidates: candidates per decision in the evaluation.
         num_validation_episodes: episodes after each stage.
         num_evaluation_episodes: episodes of the reported figures.
@@ -70,6 +73,9 @@ class RunSettings:
     num_evaluation_episodes: int
     training_scale: float
     foundation: str | None = None
+    max_divergence: float | None = None
+    min_diversity: float | None = None
+    num_upsampling_passes: int = 0
 
     def scaled(self, max_steps: int) -> int:
         """Training steps at this run's scale, at least 1."""
@@ -105,6 +111,8 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     stages = aligner.run()
     _say(f"alignment is over: {aligner.end_reason}")
     seconds_before += sum(stage.wall_seconds for stage in stages[: aligner.num_resumed])
+    if settings.num_upsampling_passes:
+        _train_upsampler(settings, preset, pipeline, episodes, output_dir / "pipeline")
     after = _evaluations(settings, task, pipeline, "after")
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
@@ -242,6 +250,8 @@ def _aligner(
             min_gain=settings.min_gain,
             validations_per_stage=settings.validations_per_stage,
             num_retries=settings.num_retries,
+            max_divergence=settings.max_divergence,
+            min_diversity=settings.min_diversity,
             seed=settings.seed,
         ),
         train_dataset=episodes,
@@ -250,13 +260,30 @@ def _aligner(
     )
 
 
+def _train_upsampler(settings: RunSettings, preset: Preset, pipeline: Any, episodes: Episodes, folder: Path) -> None:
+    """Give the pipeline an up-sampler trained on the aligned controller's samples, also the one saved in `folder`."""
+    if pipeline.upsampler is not None:
+        _say(f"cascade: found in {folder}")
+        return
+    _say("cascade: training the up-sampler")
+    config = preset.cascade_config(seed=settings.seed)
+    config = dataclasses.replace(config, max_steps=settings.scaled(config.max_steps))
+    CascadeTrainer(pipeline, config, train_dataset=episodes).train()
+    saved, facts = load_pipeline(folder), checkpoint.read_manifest(folder).metadata
+    saved.register_modules(upsampler=pipeline.upsampler)
+    with checkpoint.write_folder_atomically(folder, facts) as stage:
+        saved.save_pretrained(stage)
+
+
 def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
-    """One candidate, the best of many by the critic, and for a policy the mean of many."""
+    """One candidate, the best of many by the critic, for a policy the mean of many; each again through the cascade,
+    beside the foundation without one."""
     results = []
     selections = [("greedy", 1), ("greedy", settings.num_candidates)]
     if settings.controller == "policy":
         selections.append(("expectation", settings.num_candidates))
-    for selection, candidates in selections:
+    cascades = [0, settings.num_upsampling_passes] if settings.num_upsampling_passes and when == "after" else [0]
+    for passes, (selection, candidates) in itertools.product(cascades, selections):
         result = evaluate_on_task(
             task,
             pipeline,
@@ -265,11 +292,12 @@ def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) ->
             num_episodes=settings.num_evaluation_episodes,
             num_candidates=candidates,
             action_selection=selection,
+            num_upsampling_passes=passes,
         )
-        statistics = result.statistics
-        _say(f"{when}, {candidates} candidates, {selection}: {statistics.mean:.2f} ± {statistics.std:.2f}")
+        statistics, cascade = result.statistics, f", {passes} passes through the cascade" if passes else ""
+        _say(f"{when}, {candidates} candidates, {selection}{cascade}: {statistics.mean:.2f} ± {statistics.std:.2f}")
         results.append(result)
-    return results
+    return results * 2 if settings.num_upsampling_passes and when == "before" else results
 
 
 def _report(
@@ -285,6 +313,7 @@ def _report(
         {
             "action_selection": first.action_selection,
             "num_candidates": first.num_candidates,
+            "num_upsampling_passes": last.num_upsampling_passes,
             "before": first.statistics.to_dict(),
             "after": last.statistics.to_dict(),
             "coherency_before": first.coherency,
@@ -304,6 +333,8 @@ def _report(
         "training_scale": settings.training_scale,
         "methods": f"{math.ceil((len(stages) - 1) / len(settings.methods))} × ({' → '.join(settings.methods)})",
         "num_candidates": settings.num_candidates,
+        "min_diversity": settings.min_diversity,
+        "max_divergence": settings.max_divergence,
         "return_before": before[main].statistics.mean,
         "return_after": after[main].statistics.mean,
         "std_before": before[main].statistics.std,

@@ -30,6 +30,7 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
     plots.plot_learning_curve(
         stages, folder / "learning_curve.png", baseline=report["return_data"], optimum=report["return_optimal"]
     )
+    plots.plot_diversity_front(stages, folder / "diversity.png", report["min_diversity"])
     plots.plot_nav1d_trajectories(paths_before[..., 0], paths_after[..., 0], folder / "trajectories.png")
     plots.plot_return_histogram(
         np.asarray(main["returns_before"]), np.asarray(main["returns_after"]), folder / "returns.png"

@@ -4,7 +4,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from dmc_hub.plots import plot_learning_curve, plot_nav1d_trajectories, plot_return_histogram
+from dmc_hub.plots import (
+    pareto_front,
+    plot_diversity_front,
+    plot_learning_curve,
+    plot_nav1d_trajectories,
+    plot_return_histogram,
+)
 
 STAGES = [
     {"label": "foundation", "return_mean": 3.2, "return_std": 1.1, "coherency": 0.9},
@@ -68,6 +74,21 @@ def test_histogram_is_repeatable_and_replaces_the_old_file(tmp_path: Path) -> No
     assert first.startswith(b"\x89PNG")
     plot_return_histogram(after, before, path)
     assert path.read_bytes() != first
+
+
+def test_the_diversity_front_joins_the_states_that_none_surpasses(tmp_path: Path) -> None:
+    def state(diversity: float, return_mean: float) -> dict[str, float]:
+        return {"diversity": diversity, "return_mean": return_mean}
+
+    assert pareto_front([(0.5, 2.0), (0.4, 1.0), (0.3, 4.0), (0.2, 3.0)]) == [(0.3, 4.0), (0.5, 2.0)]
+    stages = [
+        {"name": "foundation", "validations": [], **state(0.5, 2.0)},
+        {"name": "nft", "validations": [state(0.4, 1.0), state(0.3, 4.0)], **state(0.3, 4.0)},
+    ]
+    plot_diversity_front(stages, tmp_path / "front.png")
+    assert num_pixels(matplotlib.image.imread(tmp_path / "front.png"), ORANGE) > 20
+    with pytest.raises(ValueError, match="empty"):
+        plot_diversity_front([], tmp_path / "none.png")
 
 
 def test_a_failed_plot_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

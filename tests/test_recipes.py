@@ -44,7 +44,7 @@ def test_a_run_leaves_a_report_plots_a_card_and_the_parts(run: Path) -> None:
     assert report["return_optimal"] == pytest.approx(7.3788, abs=1e-3)
     assert set(report["seeds"]).isdisjoint(report["validation_seeds"])
     assert report["return_after"] == pytest.approx(np.mean(report["evaluations"][1]["returns_after"]))
-    for name in ("learning_curve.png", "trajectories.png", "returns.png"):
+    for name in ("learning_curve.png", "diversity.png", "trajectories.png", "returns.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
         assert name in (run / "report.md").read_text()
     card = (run / "README.md").read_text()
@@ -80,6 +80,24 @@ def test_repeating_a_finished_run_finds_its_parts_and_the_same_figures(run: Path
     trained = sum(row["wall_seconds"] for row in before["stages"])
     assert after["wall_seconds"] > trained  # what an earlier process did counts
     assert after["evaluations"] == before["evaluations"]
+
+
+def test_a_cascade_is_trained_evaluated_and_saved_in_the_pipeline(run: Path, tmp_path: Path) -> None:
+    given = ["--foundation", str(run / "pipeline"), "--methods", "joint", "--min-diversity", "0.01"]
+    for _ in range(2):  # the second time, it is found
+        assert align("policy", tmp_path / "run", *given, "--num-upsampling-passes", "1") == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    rows = [(row["action_selection"], row["num_upsampling_passes"]) for row in report["evaluations"]]
+    assert rows == [(name, passes) for passes in (0, 1) for name in ("greedy", "greedy", "expectation")]
+    plain, cascaded = report["evaluations"][0], report["evaluations"][3]
+    assert cascaded["before"] == plain["before"]
+    assert cascaded["after"] != plain["after"]
+    assert "1 × up-sampled" in (tmp_path / "run" / "report.md").read_text()
+    pipeline = load_pipeline(tmp_path / "run" / "pipeline")
+    pipeline.load_lora_weights(tmp_path / "run" / "adapter")
+    observation, _ = gymnasium.make("dmc_hub/Nav1D-v0").reset(seed=0)
+    first, second = (pipeline(observation, num_upsampling_passes=n, generator=0).action for n in (0, 1))
+    assert not np.array_equal(first, second)
 
 
 def test_other_settings_in_the_same_folder_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,12 +140,14 @@ def test_an_unknown_task_is_answered_with_the_list(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--methods", "ppo", "`methods` must be a list of ddpo, reward_gradient, nft, dpo, sft; got ['ppo']"),
+        ("--methods", "ppo", "`methods` must be a list of ddpo, reward_gradient, nft, dpo, sft, joint; got ['ppo']"),
         ("--methods=ddpo", "--sampler=ddim", "`methods` has ddpo, which needs noise in each step"),
         ("--num-candidates", "0", "`num_candidates` must be at least 1, got 0"),
         ("--max-passes", "-1", "`max_passes` must be at least 1, got -1"),
         ("--training-scale", "nan", "`training_scale` must be positive and finite, got nan"),
         ("--training-scale", "inf", "`training_scale` must be positive and finite, got inf"),
+        ("--num-upsampling-passes", "-1", "`num_upsampling_passes` must be at least 0, got -1"),
+        ("--min-diversity", "1.5", "`min_diversity` must lie in (0, 1], got 1.5"),
         ("--seed", "-1", "`seed` must not be negative, got -1"),
     ],
 )

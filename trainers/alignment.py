@@ -24,19 +24,14 @@ from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
 from dmc_hub.divergence import candidate_spread, denoising_kl
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
-from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
-from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
-from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
-from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer
-from dmc_hub.trainers.sft import NoSamplesLeftError, SFTConfig, SFTTrainer
+from dmc_hub.trainers.base import DiffusionTrainer
+from dmc_hub.trainers.joint import SINGLE_METHODS, JointConfig, JointTrainer
+from dmc_hub.trainers.sampling import SamplingConfig
+from dmc_hub.trainers.sft import NoSamplesLeftError
 
-METHODS: dict[str, tuple[type[SamplingTrainer], type[SamplingConfig]]] = {
-    "ddpo": (DDPOTrainer, DDPOConfig),
-    "reward_gradient": (RewardGradientTrainer, RewardGradientConfig),
-    "nft": (NFTTrainer, NFTConfig),
-    "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig),
-    "sft": (SFTTrainer, SFTConfig),
+METHODS: dict[str, tuple[type[DiffusionTrainer], type[SamplingConfig]]] = {
+    **SINGLE_METHODS,
+    "joint": (JointTrainer, JointConfig),
 }
 
 Validation = Callable[[Any], Mapping[str, float]]
@@ -361,7 +356,7 @@ class SequentialAligner:
     def _interval(self, max_steps: int) -> int:
         return math.ceil(max_steps / self.config.validations_per_stage)
 
-    def _trainer(self, method: str, config: Any) -> SamplingTrainer:
+    def _trainer(self, method: str, config: Any) -> DiffusionTrainer:
         return METHODS[method][0](
             self.pipeline,
             config,
@@ -370,10 +365,10 @@ class SequentialAligner:
             callbacks=self.callbacks,
         )
 
-    def _train(self, trainer: SamplingTrainer, watch: _StageWatch) -> None:
+    def _train(self, trainer: DiffusionTrainer, watch: _StageWatch) -> None:
         """Train to the end of the stage, from the last checkpoint of an interrupted run."""
-        saves = trainer.args.save_strategy != "no"
-        newest = checkpoint.latest_checkpoint(trainer.args.output_dir) if saves else None
+        folder = trainer.args.output_dir
+        newest = None if folder is None else checkpoint.latest_checkpoint(folder)
         watch.begin(
             self._interval(trainer.args.max_steps), None if newest is None else int(newest.name.rpartition("-")[2])
         )
@@ -485,7 +480,7 @@ class _StageWatch(TrainerCallback):
     What it has seen is written to the stage's work folder before each checkpoint, so that a resumed stage sees it too.
     """
 
-    def __init__(self, aligner: SequentialAligner, trainer: SamplingTrainer, folder: Path) -> None:
+    def __init__(self, aligner: SequentialAligner, trainer: DiffusionTrainer, folder: Path) -> None:
         self.aligner = aligner
         self.trainer = trainer
         self.folder = folder
@@ -560,7 +555,7 @@ class _StageWatch(TrainerCallback):
         os.replace(temporary, self.folder / "validations.json")
 
 
-def _last_metrics(trainer: SamplingTrainer) -> dict[str, float]:
+def _last_metrics(trainer: DiffusionTrainer) -> dict[str, float]:
     rows = [row for row in trainer.history if "train_runtime" not in row]
     return {name: float(value) for row in rows for name, value in row.items()}
 
