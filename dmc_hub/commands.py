@@ -52,6 +52,12 @@ class AlignArguments:
     num_retries: int = field(
         default=1, metadata={"help": "Times a collapsed stage is tried again, at a lower learning rate."}
     )
+    max_coherency_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "States below (1 - this) times the foundation's coherency are not kept; the preset's by default."
+        },
+    )
     max_divergence: float | None = field(
         default=None,
         metadata={"help": "delta of Eq. 6: states of a larger denoising KL to the foundation, in nats, are not kept."},
@@ -86,12 +92,14 @@ class AlignArguments:
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         methods = tuple(self.methods or preset.methods)
+        max_coherency_drop = preset.max_coherency_drop if self.max_coherency_drop is None else self.max_coherency_drop
         AlignmentConfig(  # refuses what is wrong before anything is trained
             methods=list(methods),
             max_passes=self.max_passes,
             min_gain=self.min_gain,
             validations_per_stage=self.validations_per_stage,
             num_retries=self.num_retries,
+            max_coherency_drop=max_coherency_drop,
             max_divergence=self.max_divergence,
             min_diversity=self.min_diversity,
         )
@@ -111,6 +119,7 @@ class AlignArguments:
             min_gain=self.min_gain,
             validations_per_stage=self.validations_per_stage,
             num_retries=self.num_retries,
+            max_coherency_drop=max_coherency_drop,
             num_candidates=self.num_candidates or preset.num_candidates,
             num_validation_episodes=self.num_validation_episodes,
             num_evaluation_episodes=self.num_evaluation_episodes,

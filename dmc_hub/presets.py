@@ -46,6 +46,7 @@ class Preset:
         methods: alignment methods of one pass.
         stages: settings of each method that differ from its defaults; `cascade` those of `CascadeTrainer`.
         num_candidates: candidates per decision when the controller is evaluated, as in the paper's tables.
+        max_coherency_drop: share of the foundation's coherency that alignment may cost.
         num_threads: torch's threads on a CPU: networks this small gain nothing from a second one, and on a busy machine
             its waiting costs a hundredfold.
     """
@@ -57,6 +58,7 @@ class Preset:
     stages: dict[str, dict[str, Any]]
     num_candidates: int
     cascade: dict[str, Any] = field(default_factory=dict)
+    max_coherency_drop: float = 0.1
     num_threads: int = 1
 
     def foundation_config(self, **overrides: Any) -> DenoisingConfig:
@@ -123,7 +125,11 @@ def _common_parts(episodes: Episodes, sampler: str) -> dict[str, Any]:
 
 
 def nav1d(
-    controller: str, sampler: str = "ddpm", *, critic: Mapping[str, float] = types.MappingProxyType({})
+    controller: str,
+    sampler: str = "ddpm",
+    *,
+    critic: Mapping[str, float] = types.MappingProxyType({}),
+    max_policy_coherency_drop: float = 0.1,
 ) -> Preset:
     """Nav1D with a planner (16 candidates per decision) or a policy (8).
 
@@ -131,6 +137,8 @@ def nav1d(
         controller: one of `CONTROLLERS`.
         sampler: one of `SAMPLERS`.
         critic: settings of `IQLTrainer` that differ from those of the three datasets.
+        max_policy_coherency_drop: `max_coherency_drop` of a policy, whose coherency (Eq. 16) is the density of its
+            actions in the data relative to the likeliest one's.
 
     Raises:
         ValueError: unknown controller or sampler.
@@ -159,6 +167,7 @@ def nav1d(
                 "sft": {"max_steps": 150, "steps_per_buffer": 75},
             },
             num_candidates=8,
+            max_coherency_drop=max_policy_coherency_drop,
         )
     build = build_nav1d_planner if controller == "planner" else build_nav1d_decision_diffuser
     return Preset(
@@ -184,9 +193,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 # Uniform actions cover every state, so that the expectile may come close to the maximum; on the expert's narrow data
-# 0.99 makes the critic overrate what it never saw.
+# 0.99 makes the critic overrate what it never saw. In the partial data poor actions are the likelier ones: a policy
+# that prefers better ones is bound to lose coherency.
 PRESETS: dict[str, Callable[[str, str], Preset]] = {
     "nav1d-full": functools.partial(nav1d, critic={"expectile": 0.99, "discount": 1.0}),
-    "nav1d-partial": nav1d,
+    "nav1d-partial": functools.partial(nav1d, max_policy_coherency_drop=0.75),
     "nav1d-expert": nav1d,
 }

@@ -50,7 +50,8 @@ class RunSettings:
         methods: alignment methods of one pass.
         max_passes: passes through them at most.
         min_gain: a pass that raises the validated return by a smaller share is the last.
-        validations_per_stage: see `AlignmentConfig`; likewise `num_retries`, `max_divergence` and `min_diversity`.
+        validations_per_stage: see `AlignmentConfig`; likewise `num_retries`, `max_coherency_drop`, `max_divergence` and
+            `min_diversity`.
         num_upsampling_passes: passes through an up-sampler that is trained after alignment; 0 trains none.
         num_candidates: candidates per decision in the evaluation.
         num_validation_episodes: episodes after each stage.
@@ -68,6 +69,7 @@ class RunSettings:
     min_gain: float
     validations_per_stage: int
     num_retries: int
+    max_coherency_drop: float
     num_candidates: int
     num_validation_episodes: int
     num_evaluation_episodes: int
@@ -250,6 +252,7 @@ def _aligner(
             min_gain=settings.min_gain,
             validations_per_stage=settings.validations_per_stage,
             num_retries=settings.num_retries,
+            max_coherency_drop=settings.max_coherency_drop,
             max_divergence=settings.max_divergence,
             min_diversity=settings.min_diversity,
             seed=settings.seed,

@@ -126,6 +126,7 @@ def _settings(cell: Cell, seed: int, training_scale: float, num_episodes: int) -
         min_gain=0.0,
         validations_per_stage=4,
         num_retries=1,
+        max_coherency_drop=preset.max_coherency_drop,
         num_candidates=preset.num_candidates,
         num_validation_episodes=64,
         num_evaluation_episodes=num_episodes,
