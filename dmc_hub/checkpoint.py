@@ -180,6 +180,15 @@ def _library_version() -> str:
         return "not installed"
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file that is either the old one or the new one, whole, whenever the process dies."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 # ---- Verifying ---------------------------------------------------------------------------------------------
 
 

@@ -120,6 +120,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "the Nav1D rows of the paper's tables, cell by cell",
             "dmc-hub reproduce-nav1d --output-dir runs/nav1d-table --quick",
         ),
+        "ablate-alignment": Command(
+            "dmc_hub.commands:ablate_alignment",
+            "each alignment method alone, in pairs, in sequence, jointly, with a cascade",
+            "dmc-hub ablate-alignment --output-dir runs/ablation --quick",
+        ),
         "tasks": Command(
             "dmc_hub.cli:list_tasks",
             "list the known tasks",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dmc_hub import checkpoint, reproduction
+from dmc_hub import ablation, checkpoint, reproduction
 from dmc_hub.data import Episodes
 from dmc_hub.hub import load_pipeline, verify_if_possible
 from dmc_hub.presets import PRESETS, SAMPLERS
@@ -200,6 +200,22 @@ class ReproduceNav1DArguments:
     quick: bool = field(default=False, metadata={"help": "A fiftieth of the training, one seed: to see it work."})
 
 
+@dataclass(kw_only=True)
+class AblateAlignmentArguments:
+    """Arguments of `dmc-hub ablate-alignment`."""
+
+    output_dir: str = field(metadata={"help": "Folder of the runs and the results; finished runs are found again."})
+    controllers: list[str] = field(
+        default_factory=lambda: list(ablation.CONTROLLERS), metadata={"help": "Which of planner and policy."}
+    )
+    variants: list[str] = field(
+        default_factory=lambda: list(ablation.VARIANTS), metadata={"help": "Ways to align; all by default."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds."})
+    num_episodes: int = field(default=64, metadata={"help": "Evaluation episodes of each run."})
+    quick: bool = field(default=False, metadata={"help": "A fiftieth of the training, one seed: to see it work."})
+
+
 def align(arguments: AlignArguments) -> None:
     """Data, foundation, critic, alignment, evaluation, report."""
     settings = arguments.settings()
@@ -224,6 +240,20 @@ def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
     print(
         f"{reached} of {len(rows)} cells at the paper's figure or above; see {Path(arguments.output_dir) / 'table.md'}"
     )
+
+
+def ablate_alignment(arguments: AblateAlignmentArguments) -> None:
+    """Align one foundation in every way and compare."""
+    _require_positive(arguments, "num_episodes")
+    ablation.ablate_alignment(
+        Path(arguments.output_dir),
+        controllers=arguments.controllers,
+        variants=arguments.variants,
+        seeds=arguments.seeds[:1] if arguments.quick else arguments.seeds,
+        training_scale=0.02 if arguments.quick else 1.0,
+        num_episodes=arguments.num_episodes,
+    )
+    print((Path(arguments.output_dir) / "ablation.md").read_text())
 
 
 def _command(arguments: AlignArguments) -> str:

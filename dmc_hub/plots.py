@@ -156,6 +156,33 @@ def plot_table(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
     _save(figure, path)
 
 
+def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Learning curves of every variant, one panel per controller; a line per seed.
+
+    Args:
+        rows: one mapping per controller and variant with `controller`, `variant` and `curves`, of each seed the pairs
+            of optimizer steps and validated return.
+        path: the PNG file to write.
+    """
+    controllers = list(dict.fromkeys(str(row["controller"]) for row in rows))
+    figure = Figure(figsize=(6.2 * len(controllers), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(controllers), sharey=True, squeeze=False)[0]
+    variants = list(dict.fromkeys(str(row["variant"]) for row in rows if not str(row["variant"]).endswith("cascade")))
+    for axes, controller in zip(panels, controllers, strict=True):
+        for row in rows:
+            if row["controller"] == controller and row["variant"] in variants:
+                color = f"C{variants.index(row['variant'])}"
+                for number, curve in enumerate(row["curves"]):
+                    steps, returns = zip(*curve, strict=True)
+                    label = None if number else row["variant"]
+                    axes.plot(steps, returns, color=color, linewidth=1.3, alpha=0.8, marker=".", label=label)
+        axes.set(xlabel="optimizer steps", title=controller)
+        _hide_spines(axes)
+    panels[0].set_ylabel("validated return, one candidate")
+    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
 def _draw_returns(
     axes: Axes, stages: Sequence[Mapping[str, Any]], baseline: float | None, optimum: float | None
 ) -> None:

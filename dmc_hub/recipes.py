@@ -195,6 +195,47 @@ def train_foundation(
     return pipeline
 
 
+def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
+    """The folder of a foundation that several runs of a table start from, trained if it is not there.
+
+    Samplers that train the same network share it (DDPM and DDIM), and all controllers share one critic per dataset and
+    seed, that of the DDPM planner.
+
+    Raises:
+        ValueError: the folder holds one of another training scale.
+    """
+    name = f"{settings.controller}-{settings.sampler}-{settings.task.partition('-')[2]}-{settings.seed}"
+    folder = output_dir / "foundations" / name
+    if folder.is_dir():
+        scale = checkpoint.verify(folder).metadata.get("training_scale")
+        if scale != settings.training_scale:
+            raise ValueError(
+                f"`output_dir` {output_dir} holds foundations of training scale {scale}, not "
+                f"{settings.training_scale}: choose another folder."
+            )
+        return folder
+    shared: dict[str, Any] = {}
+    if (settings.controller, settings.sampler) != ("planner", "ddpm"):
+        source = dataclasses.replace(settings, controller="planner", sampler="ddpm")
+        pipeline = load_pipeline(shared_foundation(source, output_dir))
+        shared["critic"] = pipeline.critic
+        if (settings.controller, settings.sampler) == ("planner", "ddim"):
+            shared["denoiser"] = pipeline.denoiser
+    episodes = Episodes.from_dataset(get_task(settings.task).make_dataset(settings.seed))
+    trained = train_foundation(settings, episodes, **shared)
+    with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
+        trained.save_pretrained(stage)
+    return folder
+
+
+def finished_report(settings: RunSettings, folder: Path) -> dict[str, Any] | None:
+    """The report of a finished run with these settings, wherever its foundation was; None if there is none."""
+    if not (folder / "report.json").is_file():
+        return None
+    theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # the folder may have moved
+    return checkpoint.load_json(folder / "report.json") if theirs == json.loads(json.dumps(vars(settings))) else None
+
+
 def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tuple[Any, float]:
     """The trained pipeline and 0, or the one an earlier process has left and the seconds that it took."""
     if folder.is_dir():

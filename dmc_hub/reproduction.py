@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,9 @@ import gymnasium
 import numpy as np
 
 from dmc_hub import checkpoint, plots
-from dmc_hub.data import Episodes
 from dmc_hub.envs import NAV1D_ID, nav1d
-from dmc_hub.hub import load_pipeline
 from dmc_hub.presets import PRESETS
-from dmc_hub.recipes import RunSettings, align_task, train_foundation
-from dmc_hub.tasks import get_task
+from dmc_hub.recipes import RunSettings, align_task, finished_report, shared_foundation
 
 DATASETS = ("partial", "full", "expert")
 PAPER_PLANNERS: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
@@ -102,12 +98,10 @@ def reproduce_nav1d(
 def _report(cell: Cell, output_dir: Path, seed: int, training_scale: float, num_episodes: int) -> dict[str, Any]:
     settings = _settings(cell, seed, training_scale, num_episodes)
     folder = output_dir / f"{cell.controller}-{cell.sampler}-{cell.dataset}-{seed}"
-    finished = folder / "report.json"
-    if finished.is_file():
-        theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # the folder may have moved
-        if theirs == json.loads(json.dumps(vars(settings))):
-            return checkpoint.load_json(finished)
-    settings = dataclasses.replace(settings, foundation=str(_foundation(cell, output_dir, settings)))
+    finished = finished_report(settings, folder)
+    if finished is not None:
+        return finished
+    settings = dataclasses.replace(settings, foundation=str(shared_foundation(settings, output_dir)))
     quick = "" if training_scale == 1.0 else " --quick"
     command = f"dmc-hub reproduce-nav1d --output-dir runs/nav1d-table --datasets {cell.dataset} --seeds {seed}{quick}"
     return align_task(settings, folder, command=command)
@@ -132,32 +126,6 @@ def _settings(cell: Cell, seed: int, training_scale: float, num_episodes: int) -
         num_evaluation_episodes=num_episodes,
         training_scale=training_scale,
     )
-
-
-def _foundation(cell: Cell, output_dir: Path, settings: RunSettings) -> Path:
-    """The folder of the cell's foundation, trained if it is not there."""
-    folder = output_dir / "foundations" / f"{cell.controller}-{cell.sampler}-{cell.dataset}-{settings.seed}"
-    if folder.is_dir():
-        scale = checkpoint.verify(folder).metadata.get("training_scale")
-        if scale != settings.training_scale:
-            raise ValueError(
-                f"`output_dir` {output_dir} holds foundations of training scale {scale}, not "
-                f"{settings.training_scale}: choose another folder."
-            )
-        return folder
-    shared: dict[str, Any] = {}
-    if (cell.controller, cell.sampler) != ("planner", "ddpm"):
-        source = dataclasses.replace(cell, controller="planner", sampler="ddpm")
-        source_settings = dataclasses.replace(settings, controller="planner", sampler="ddpm")
-        pipeline = load_pipeline(_foundation(source, output_dir, source_settings))
-        shared["critic"] = pipeline.critic
-        if (cell.controller, cell.sampler) == ("planner", "ddim"):
-            shared["denoiser"] = pipeline.denoiser
-    episodes = Episodes.from_dataset(get_task(settings.task).make_dataset(settings.seed))
-    trained = train_foundation(settings, episodes, **shared)
-    with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
-        trained.save_pretrained(stage)
-    return folder
 
 
 def _row(cell: Cell, reports: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -217,8 +185,6 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], training_scale: float, 
             for row in rows
         ),
     ]
-    for name, text in (("table.json", json.dumps(table, indent=2)), ("table.md", "\n".join(lines))):
-        temporary = output_dir / f".{name}.{os.getpid()}"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, output_dir / name)
+    checkpoint.write_text(output_dir / "table.json", json.dumps(table, indent=2) + "\n")
+    checkpoint.write_text(output_dir / "table.md", "\n".join(lines) + "\n")
     plots.plot_table(rows, output_dir / "table.png", optimum=nav1d.optimal_return())
