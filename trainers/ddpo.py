@@ -66,6 +66,10 @@ class DDPOConfig(TruncatedConfig):
         },
     )
     group_size: int = field(default=8, metadata={"help": "Samples per condition; advantages are relative to them."})
+    advantage_baseline: Literal["group", "batch"] = field(
+        default="group",
+        metadata={"help": "Advantages are relative to the mean reward of the group, or as in DDPO of the batch."},
+    )
     advantage_scale: Literal["running", "global", "group", "none"] = field(
         default="running",
         metadata={
@@ -109,9 +113,10 @@ class DDPOConfig(TruncatedConfig):
                 f"`kl_target` and the `kl_coefficient` that it starts from must be positive, got {self.kl_target} and "
                 f"{self.kl_coefficient}. To use no KL set `kl_target` to None."
             )
-        if self.group_size < 2 or self.per_device_train_batch_size % self.group_size:
+        smallest = 2 if self.advantage_baseline == "group" or self.entropy_coefficient > 0 else 1
+        if self.group_size < smallest or self.per_device_train_batch_size % self.group_size:
             raise ValueError(
-                f"`group_size` must be at least 2 and divide `per_device_train_batch_size` "
+                f"`group_size` must be at least {smallest} and divide `per_device_train_batch_size` "
                 f"({self.per_device_train_batch_size}), got {self.group_size}."
             )
         if self.loss_type == "reinforce" and clips:
@@ -197,9 +202,10 @@ class DDPOTrainer(TruncatedTrainer):
         }
 
     def _advantages(self, rewards: Tensor) -> Tensor:
+        group = self.args.group_size if self.args.advantage_baseline == "group" else len(rewards)
         if self.args.advantage_scale != "running":
-            return group_advantages(rewards, self.args.group_size, scale=self.args.advantage_scale)
-        centred = group_advantages(rewards, self.args.group_size, scale="none")
+            return group_advantages(rewards, group, scale=self.args.advantage_scale)
+        centred = group_advantages(rewards, group, scale="none")
         rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs()  # equal rewards differ from their mean by this
         centred = torch.where(centred.abs() > rounding, centred, 0)
         moments = torch.stack([centred.double().pow(2).sum(), torch.tensor(float(len(rewards)), dtype=torch.float64)])

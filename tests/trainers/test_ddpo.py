@@ -23,6 +23,7 @@ from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.scheduler import TransitionScheduler
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
+from dmc_hub.trainers.sampling import unpack
 
 MakePipeline = Callable[..., Any]
 SMALL: dict[str, Any] = {
@@ -67,6 +68,25 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step == self.step
+
+
+def test_batch_advantages_compare_all_samples_and_allow_groups_of_one(
+    make_pipeline: MakePipeline, episodes: Episodes
+) -> None:
+    settings = {"group_size": 1, "advantage_baseline": "batch", "advantage_scale": "global"}
+    trainer = make_trainer(make_pipeline("policy"), episodes, **settings)
+    batch = batch_of(trainer)
+    last = batch["next_latents"][-1]
+    condition = unpack("condition", batch)
+    observations = next(iter(condition.values()))
+    assert len(torch.unique(observations.flatten(1), dim=0)) > 8  # each sample has a condition of its own
+    rewards = trainer.rewards(last, condition)
+    expected = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+    torch.testing.assert_close(batch["advantages"], expected)
+    with pytest.raises(ValueError, match="`group_size` must be at least 2"):
+        DDPOConfig(output_dir=None, group_size=1)
+    with pytest.raises(ValueError, match="`group_size` must be at least 2"):  # entropies are of groups
+        DDPOConfig(output_dir=None, group_size=1, advantage_baseline="batch", entropy_coefficient=0.1)
 
 
 # ---- The policy gradient -----------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""`python scripts/benchmark.py --help`: measurements that one command repeats, written as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmc_hub import __version__, checkpoint
+from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
+from dmc_hub.commands import AlignArguments
+from dmc_hub.recipes import shared_foundation
+
+ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}
+
+
+def alignment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Denoiser evaluations to 90 % of the best gain: plain DDPO, REINFORCE, PPO, QV-PG, NFT."""
+    with tempfile.TemporaryDirectory() as scratch:
+        foundation = arguments.foundation
+        if foundation is None:
+            run = AlignArguments(task="nav1d-full", output_dir=scratch, controller=arguments.controller)
+            foundation = shared_foundation(run.settings(), Path(scratch))
+        steps = {name: max(2, round(arguments.scale * ALIGNMENT_STEPS[name])) for name in SETTINGS}
+        return RewardPerForward(Path(foundation), controller=arguments.controller, seed=arguments.seed).run(steps)
+
+
+def main() -> int:
+    """Parse the arguments, run one benchmark, write or print its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    command = benchmarks.add_parser("alignment", help=alignment.__doc__)
+    command.set_defaults(run=alignment)
+    command.add_argument("--controller", choices=("planner", "policy"), default="planner")
+    command.add_argument("--foundation", help="folder of a trained pipeline with its critic; by default one is trained")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of training steps")
+    for each in benchmarks.choices.values():
+        each.add_argument("--output", help="JSON file; printed by default")
+    arguments = parser.parse_args()
+    result = {
+        "benchmark": arguments.benchmark,
+        "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "versions": {"dmc_hub": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
+        **arguments.run(arguments),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        checkpoint.write_text(arguments.output, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
