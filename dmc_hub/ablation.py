@@ -12,7 +12,8 @@ import numpy as np
 
 from dmc_hub import checkpoint, plots
 from dmc_hub.presets import PRESETS, Preset
-from dmc_hub.recipes import RunSettings, align_task, finished_report, shared_foundation
+from dmc_hub.recipes import RunSettings, align_task, finished_report, run_environment, shared_foundation
+from dmc_hub.report import render
 
 NUM_STAGES = 6
 VARIANTS = ("rl", "dpo", "sft", "rl+dpo", "rl+sft", "dpo+sft", "sequence", "sequence+cascade", "joint")
@@ -29,7 +30,7 @@ def ablate_alignment(
     num_episodes: int,
     task: str = "nav1d-full",
 ) -> list[dict[str, Any]]:
-    """Align one foundation in every way and write ablation.json, ablation.md and ablation.png.
+    """Align one foundation in every way and write nav1d-ablation.{json,png} and a card, nav1d-ablation.md.
 
     Every variant may run as many stages as two passes of the sequence have, and ends by itself when a pass gains less
     than one per cent. `rl` is the preset's method of reinforcement learning, `joint` the sum of the three losses
@@ -166,15 +167,31 @@ def learning_curve(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, float
 
 
 def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_scale: float, num_episodes: int) -> None:
-    table = {"task": task, "training_scale": training_scale, "episodes": num_episodes, "rows": rows}
+    results = {"task": task, "training_scale": training_scale, "episodes": num_episodes, "rows": rows}
+    checkpoint.write_text(output_dir / "nav1d-ablation.json", json.dumps(results, indent=2) + "\n")
+    plots.plot_ablation(rows, output_dir / "nav1d-ablation.png")
     lines = [
         "| controller | variant | one candidate | gain | best of many | coherency | diversity | KL | steps |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
     ]
-    checkpoint.write_text(output_dir / "ablation.json", json.dumps(table, indent=2) + "\n")
-    checkpoint.write_text(output_dir / "ablation.md", "\n".join(lines) + "\n")
-    plots.plot_ablation(rows, output_dir / "ablation.png")
+    card = {
+        "title": "Nav1D: what each alignment method adds",
+        "introduction": f"Every variant aligns the same foundations on {task}, {len(rows[0]['seeds'])} training "
+        f"seed(s), {num_episodes} evaluation episodes each, for at most {NUM_STAGES} stages (`joint`: two, each as "
+        "long as a pass of the sequence), and stops by itself when a pass gains less than 1 %. ± is the standard "
+        "deviation over episodes, mean over the training seeds.",
+        "command": "dmc-hub ablate-alignment --output-dir runs/nav1d-ablation"
+        + ("" if training_scale == 1 else " --quick"),
+        "table": "\n".join(lines),
+        "notes": [
+            "`best of many`: 16 candidates of a planner, 8 of a policy, the best by the critic.",
+            "`diversity`: standard deviation of the candidates; `KL`: of the denoising path to the foundation's, nats "
+            "per entry.",
+        ],
+        "picture": "nav1d-ablation.png",
+    }
+    checkpoint.write_text(output_dir / "nav1d-ablation.md", render("results.md.jinja", {**card, **run_environment()}))
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -237,9 +237,8 @@ def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
         num_episodes=arguments.num_episodes,
     )
     reached = sum(row["return_after"] >= row["paper_after"] for row in rows)
-    print(
-        f"{reached} of {len(rows)} cells at the paper's figure or above; see {Path(arguments.output_dir) / 'table.md'}"
-    )
+    card = Path(arguments.output_dir) / "nav1d-table.md"
+    print(f"{reached} of {len(rows)} cells at the paper's figure or above; see {card}")
 
 
 def ablate_alignment(arguments: AblateAlignmentArguments) -> None:
@@ -253,7 +252,7 @@ def ablate_alignment(arguments: AblateAlignmentArguments) -> None:
         training_scale=0.02 if arguments.quick else 1.0,
         num_episodes=arguments.num_episodes,
     )
-    print((Path(arguments.output_dir) / "ablation.md").read_text())
+    print((Path(arguments.output_dir) / "nav1d-ablation.md").read_text())
 
 
 def _command(arguments: AlignArguments) -> str:

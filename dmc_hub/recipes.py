@@ -20,6 +20,7 @@ import gymnasium
 import torch
 from torch import nn
 
+import dmc_hub
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
@@ -123,11 +124,19 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
         pipeline_class=type(pipeline).__name__,
         base_fingerprint=pipeline.base_fingerprint(),
         command=command,
-        machine=f"{os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}",
+        machine=run_environment()["machine"],
         wall_seconds=time.perf_counter() - start + seconds_before,
     )
     write_report(output_dir, report, paths_before=before[0].rollouts.paths(), paths_after=after[0].rollouts.paths())
     return report
+
+
+def run_environment() -> dict[str, str]:
+    """What figures were measured with: `machine`, and the `version` of this library."""
+    return {
+        "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}",
+        "version": dmc_hub.__version__,
+    }
 
 
 def coherency_of(task: Task, controller: str) -> Any:

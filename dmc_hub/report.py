@@ -35,8 +35,8 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
     plots.plot_return_histogram(
         np.asarray(main["returns_before"]), np.asarray(main["returns_after"]), folder / "returns.png"
     )
-    _write(folder / "report.md", _render("report.md.jinja", report))
-    _write(folder / "README.md", _render("adapter.md.jinja", {**report, "metadata": card_metadata(report)}))
+    _write(folder / "report.md", render("report.md.jinja", report))
+    _write(folder / "README.md", render("adapter.md.jinja", {**report, "metadata": card_metadata(report)}))
     _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
@@ -68,7 +68,8 @@ def _label(stage: Mapping[str, Any]) -> str:
     return f"({stage['name']})" if stage["decision"] == "rolled back" else str(stage["name"])
 
 
-def _render(template: str, values: Mapping[str, Any]) -> str:
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Fill a template of `dmc_hub/model_cards`; a value that it misses is an error."""
     source = (resources.files("dmc_hub.model_cards") / template).read_text()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(source).render(**values)

@@ -42,9 +42,9 @@ def test_rows_hold_the_means_of_the_runs_and_a_second_call_runs_nothing(
     assert cascade["return_after"] == pytest.approx(np.mean(report["evaluations"][3]["returns_after"]))
     assert cascade["best_of_many_after"] == pytest.approx(np.mean(report["evaluations"][4]["returns_after"]))
     assert sequence["return_before"] == cascade["return_before"]
-    assert json.loads((tmp_path / "ablation.json").read_text())["rows"][0]["variant"] == "sequence"
-    assert (tmp_path / "ablation.md").read_text().count("| policy |") == 2
-    assert (tmp_path / "ablation.png").is_file()
+    assert json.loads((tmp_path / "nav1d-ablation.json").read_text())["rows"][0]["variant"] == "sequence"
+    assert (tmp_path / "nav1d-ablation.md").read_text().count("| policy |") == 2
+    assert (tmp_path / "nav1d-ablation.png").is_file()
     monkeypatch.setattr(ablation, "align_task", lambda *_, **__: pytest.fail("a finished run was repeated"))
     assert [row["return_after"] for row in run()] == [sequence["return_after"], cascade["return_after"]]
 

@@ -29,8 +29,8 @@ def test_a_table_is_written_and_a_second_call_runs_nothing(tmp_path: Path, monke
         assert row["return_after"] == pytest.approx(np.mean(evaluation["returns_after"]))
         assert row["paper_after"] == 6.0
         assert row["seeds"] == [3]
-    table = json.loads((tmp_path / "table.json").read_text())
+    table = json.loads((tmp_path / "nav1d-table.json").read_text())
     assert table["cells"] == rows
-    assert (tmp_path / "table.md").read_text().count("| policy | fm |") == 2
+    assert (tmp_path / "nav1d-table.md").read_text().count("| policy | fm |") == 2
     monkeypatch.setattr(reproduction, "align_task", lambda *_: pytest.fail("a finished run was repeated"))
     assert reproduce_nav1d(tmp_path, seeds=[3], training_scale=0.005, num_episodes=8) == rows
