@@ -105,7 +105,8 @@ def _report(cell: Cell, output_dir: Path, seed: int, training_scale: float, num_
     finished = folder / "report.json"
     if finished.is_file():
         theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # the folder may have moved
-        if theirs == json.loads(json.dumps(vars(settings))):
+        ours = json.loads(json.dumps(dataclasses.asdict(settings)))
+        if all(theirs.get(name) == value for name, value in ours.items()):
             return checkpoint.load_json(finished)
     settings = dataclasses.replace(settings, foundation=str(_foundation(cell, output_dir, settings)))
     quick = "" if training_scale == 1.0 else " --quick"
