@@ -12,12 +12,32 @@ import numpy as np
 
 from dmc_hub import checkpoint, plots
 from dmc_hub.presets import PRESETS, Preset
-from dmc_hub.recipes import RunSettings, align_task, finished_report, run_environment, shared_foundation
+from dmc_hub.recipes import OnlineSettings, RunSettings, align_task, finished_report, run_environment, shared_foundation
 from dmc_hub.report import render
 
 NUM_STAGES = 6
-VARIANTS = ("rl", "dpo", "sft", "rl+dpo", "rl+sft", "dpo+sft", "sequence", "sequence+cascade", "joint")
+VARIANTS = (
+    "rl",
+    "dpo",
+    "sft",
+    "rl+dpo",
+    "rl+sft",
+    "dpo+sft",
+    "sequence",
+    "sequence+cascade",
+    "sequence+online",
+    "joint",
+)
 CONTROLLERS = ("planner", "policy")
+ONLINE = OnlineSettings(
+    num_episodes=64,
+    buffer_size=4096,
+    num_candidates=1,
+    action_selection="greedy",
+    critic_steps=1000,
+    num_workers=0,
+    worker_timeout=60.0,
+)
 
 
 def ablate_alignment(
@@ -92,7 +112,8 @@ def _settings(
         num_validation_episodes=64,
         num_evaluation_episodes=num_episodes,
         training_scale=training_scale,
-        num_upsampling_passes=int(variant.startswith("sequence")),  # one run serves the rows with and without it
+        num_upsampling_passes=int(variant in ("sequence", "sequence+cascade")),  # one run serves both rows
+        online=ONLINE if variant.endswith("+online") else None,
     )
 
 

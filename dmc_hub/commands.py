@@ -13,7 +13,13 @@ from dmc_hub import ablation, checkpoint, reproduction
 from dmc_hub.data import Episodes
 from dmc_hub.hub import load_pipeline, verify_if_possible
 from dmc_hub.presets import PRESETS, SAMPLERS
-from dmc_hub.recipes import EVALUATION_SEED, RunSettings, align_task, evaluate_on_task
+from dmc_hub.recipes import (
+    EVALUATION_SEED,
+    OnlineSettings,
+    RunSettings,
+    align_task,
+    evaluate_on_task,
+)
 from dmc_hub.tasks import get_task
 from dmc_hub.trainers.alignment import METHODS, AlignmentConfig
 from dmc_hub.trainers.base import DiffusionTrainer
@@ -80,7 +86,46 @@ class AlignArguments:
     foundation: str | None = field(
         default=None, metadata={"help": "Folder of a trained pipeline with its critic; by default one is trained."}
     )
+    num_online_episodes: int = field(
+        default=0,
+        metadata={"help": "Episodes that the controller collects between stages, for them and the critic; 0: none."},
+    )
+    online_buffer_size: int = field(
+        default=100_000,
+        metadata={"help": "Collected transitions kept at most; the oldest collected episodes are dropped first."},
+    )
+    online_num_candidates: int = field(default=1, metadata={"help": "Candidates per decision while collecting."})
+    online_action_selection: Literal["greedy", "expectation", "softmax"] = field(
+        default="greedy", metadata={"help": "How one action is chosen among them."}
+    )
+    online_critic_steps: int = field(default=1000, metadata={"help": "Steps of the critic after each collection."})
+    num_online_workers: int = field(
+        default=0, metadata={"help": "Processes that run the environments of a collection; 0 runs them in this one."}
+    )
+    online_worker_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds for a step, after which a worker is restarted."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data, networks and training."})
+
+    def online(self) -> OnlineSettings | None:
+        """What is collected between the stages, or None."""
+        for name in ("num_online_episodes", "num_online_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        _require_positive(self, "online_buffer_size", "online_num_candidates", "online_critic_steps")
+        if not self.online_worker_timeout > 0:
+            raise ValueError(f"`online_worker_timeout` must be positive, got {self.online_worker_timeout}.")
+        if self.num_online_episodes == 0:
+            return None
+        return OnlineSettings(
+            num_episodes=self.num_online_episodes,
+            buffer_size=self.online_buffer_size,
+            num_candidates=self.online_num_candidates,
+            action_selection=self.online_action_selection,
+            critic_steps=self.online_critic_steps,
+            num_workers=self.num_online_workers,
+            worker_timeout=self.online_worker_timeout,
+        )
 
     def settings(self) -> RunSettings:
         """The run's settings, with the preset's values where nothing was said."""
@@ -128,6 +173,7 @@ class AlignArguments:
             max_divergence=self.max_divergence,
             min_diversity=self.min_diversity,
             num_upsampling_passes=self.num_upsampling_passes,
+            online=self.online(),
         )
 
 

@@ -58,7 +58,8 @@ class Evaluation:
     candidate_diversity: see `candidate_diversity`; averaged over the visited states.
     coherency: mean of the coherency scores over the visited states, or None where none were asked for.
     wall_seconds: seconds spent running the episodes.
-    rollouts: the episodes themselves; not part of `to_dict`, which holds their seeds and returns.
+    rollouts: the episodes themselves; not part of `to_dict`, which holds their seeds and returns and
+        the seeds of those that failed.
     """
 
     statistics: ReturnStatistics
@@ -75,8 +76,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the episodes' steps, as values that JSON can hold."""
         values = {name: value for name, value in vars(self).items() if name not in ("rollouts", "statistics")}
-        returns, seeds = self.rollouts.returns.tolist(), self.rollouts.seeds.tolist()
-        return {**values, "statistics": self.statistics.to_dict(), "seeds": seeds, "returns": returns}
+        rollouts = {name: getattr(self.rollouts, name).tolist() for name in ("seeds", "returns", "failed_seeds")}
+        return {**values, "statistics": self.statistics.to_dict(), **rollouts}
 
 
 def return_statistics(returns: np.ndarray, *, optimal_return: float | None = None, seed: int = 0) -> ReturnStatistics:
@@ -301,7 +302,7 @@ def evaluate(
         controller, vector_env, seeds=seeds, generator=generator, on_reset=on_reset, progress=progress
     )
     wall_seconds = time.perf_counter() - started
-    visited = _visited(rollouts, vector_env.num_envs)
+    visited = rollouts.visited
     return Evaluation(
         statistics=return_statistics(rollouts.returns, optimal_return=optimal_return),
         candidate_diversity=float(np.stack(diversity)[visited].mean()),
@@ -314,14 +315,3 @@ def evaluate(
         wall_seconds=wall_seconds,
         rollouts=rollouts,
     )
-
-
-def _visited(rollouts: Rollouts, num_envs: int) -> np.ndarray:
-    """Which environments ran in each call of the controller, bool of shape `(num_calls, num_envs)`."""
-    batches = []
-    for start in range(0, len(rollouts.lengths), num_envs):
-        lengths = np.zeros(num_envs, dtype=np.int64)
-        chunk = rollouts.lengths[start : start + num_envs]
-        lengths[: len(chunk)] = chunk
-        batches.append(np.arange(lengths.max())[:, None] < lengths)
-    return np.concatenate(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -14,16 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import torch
+from gymnasium.vector import VectorEnv
 from torch import nn
 
 import dmc_hub
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
+from dmc_hub.envs.workers import RestartingVectorEnv
 from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
@@ -35,8 +38,29 @@ from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.denoising import DenoisingTrainer
 from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
 from dmc_hub.trainers.iql import IQLTrainer
+from dmc_hub.trainers.online import CollectionResult, OnlineConfig
 
-VALIDATION_SEED, EVALUATION_SEED = 1_000_000, 2_000_000
+VALIDATION_SEED, EVALUATION_SEED, COLLECTION_SEED = 1_000_000, 2_000_000, 3_000_000
+
+
+@dataclass(frozen=True)
+class OnlineSettings:
+    """What a run collects between its stages; see `OnlineConfig`.
+
+    Attributes:
+        num_episodes: episodes of each collection; likewise `buffer_size`, `num_candidates` and `action_selection`.
+        critic_steps: steps of the critic after each, before `training_scale`.
+        num_workers: processes that run the environments; 0 runs them in this one.
+        worker_timeout: seconds that a worker has for one step.
+    """
+
+    num_episodes: int
+    buffer_size: int
+    num_candidates: int
+    action_selection: str
+    critic_steps: int
+    num_workers: int
+    worker_timeout: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,7 @@ class RunSettings:
         num_evaluation_episodes: episodes of the reported figures.
         training_scale: factor on all numbers of training steps; below 1 for a quick look.
         foundation: folder of a trained pipeline with its critic to start from; None trains one.
+        online: what is collected between stages; None aligns on the task's data alone.
     """
 
     task: str
@@ -79,6 +104,7 @@ class RunSettings:
     max_divergence: float | None = None
     min_diversity: float | None = None
     num_upsampling_passes: int = 0
+    online: OnlineSettings | None = None
 
     def scaled(self, max_steps: int) -> int:
         """Training steps at this run's scale, at least 1."""
@@ -114,14 +140,23 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     stages = aligner.run()
     _say(f"alignment is over: {aligner.end_reason}")
     seconds_before += sum(stage.wall_seconds for stage in stages[: aligner.num_resumed])
+    collections: list[CollectionResult] = []
+    if aligner.collector is not None:
+        collections = aligner.collector.results
+        seconds_before += sum(collection.wall_seconds for collection in collections[: aligner.collector.num_found])
     if settings.num_upsampling_passes:
-        _train_upsampler(settings, preset, pipeline, episodes, output_dir / "pipeline")
+        _add_upsampler(settings, preset, pipeline, episodes, output_dir / "upsampler")
+    changed = bool(collections or settings.num_upsampling_passes)
+    if changed:
+        _save_beside_adapter(pipeline, settings, output_dir)
     after = _evaluations(settings, task, pipeline, "after")
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
     report = _report(settings, task, episodes, before, after, stages)
     report.update(
+        collections=[vars(collection) for collection in collections],
         pipeline_class=type(pipeline).__name__,
+        pipeline_folder="pipeline-after" if changed else "pipeline",
         base_fingerprint=pipeline.base_fingerprint(),
         command=command,
         machine=run_environment()["machine"],
@@ -137,6 +172,16 @@ def run_environment() -> dict[str, str]:
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}",
         "version": dmc_hub.__version__,
     }
+
+
+def _save_beside_adapter(pipeline: Any, settings: RunSettings, output_dir: Path) -> None:
+    """The foundation with what alignment trained beside the adapter: a critic on collected episodes, an up-sampler."""
+    foundation = load_pipeline(output_dir / "pipeline")
+    foundation.critic.load_state_dict(pipeline.critic.state_dict())
+    if pipeline.upsampler is not None:
+        foundation.register_modules(upsampler=pipeline.upsampler)
+    with checkpoint.write_folder_atomically(output_dir / "pipeline-after", _facts(settings)) as stage:
+        foundation.save_pretrained(stage)
 
 
 def coherency_of(task: Task, controller: str) -> Any:
@@ -241,8 +286,9 @@ def finished_report(settings: RunSettings, folder: Path) -> dict[str, Any] | Non
     """The report of a finished run with these settings, wherever its foundation was; None if there is none."""
     if not (folder / "report.json").is_file():
         return None
-    theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # the folder may have moved
-    return checkpoint.load_json(folder / "report.json") if theirs == json.loads(json.dumps(vars(settings))) else None
+    theirs = {**checkpoint.load_json(folder / "settings.json"), "foundation": None}  # its folder may have moved
+    ours = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return checkpoint.load_json(folder / "report.json") if theirs == ours else None
 
 
 def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tuple[Any, float]:
@@ -290,6 +336,7 @@ def _aligner(
         _say(f"validation: return {result.statistics.mean:.2f} ± {result.statistics.std:.2f} with one candidate")
         return measured
 
+    online: dict[str, Any] = {} if settings.online is None else _online(settings, settings.online, task, preset)
     configs: dict[str, Any] = preset.stage_configs()
     for method, config in configs.items():
         configs[method] = dataclasses.replace(config, max_steps=settings.scaled(config.max_steps))
@@ -310,22 +357,47 @@ def _aligner(
         train_dataset=episodes,
         validate=validate,
         stage_configs=configs,
+        **online,
     )
 
 
-def _train_upsampler(settings: RunSettings, preset: Preset, pipeline: Any, episodes: Episodes, folder: Path) -> None:
-    """Give the pipeline an up-sampler trained on the aligned controller's samples, also the one saved in `folder`."""
-    if pipeline.upsampler is not None:
+def _add_upsampler(settings: RunSettings, preset: Preset, pipeline: Any, episodes: Episodes, folder: Path) -> None:
+    """Give the pipeline an up-sampler trained on the aligned controller's samples, or the one that `folder` holds."""
+    if folder.is_dir():
+        checkpoint.verify(folder)
         _say(f"cascade: found in {folder}")
+        pipeline.register_modules(upsampler=type(pipeline.denoiser).from_pretrained(folder).eval())
         return
     _say("cascade: training the up-sampler")
     config = preset.cascade_config(seed=settings.seed)
     config = dataclasses.replace(config, max_steps=settings.scaled(config.max_steps))
     CascadeTrainer(pipeline, config, train_dataset=episodes).train()
-    saved, facts = load_pipeline(folder), checkpoint.read_manifest(folder).metadata
-    saved.register_modules(upsampler=pipeline.upsampler)
-    with checkpoint.write_folder_atomically(folder, facts) as stage:
-        saved.save_pretrained(stage)
+    with checkpoint.write_folder_atomically(folder, _facts(settings)) as stage:
+        pipeline.upsampler.save_pretrained(stage)
+
+
+def _online(settings: RunSettings, online: OnlineSettings, task: Task, preset: Preset) -> dict[str, Any]:
+    """What the aligner needs to collect episodes."""
+    config = OnlineConfig(
+        num_episodes=online.num_episodes,
+        buffer_size=online.buffer_size,
+        num_candidates=online.num_candidates,
+        action_selection=cast(Any, online.action_selection),
+        first_seed=COLLECTION_SEED + 1_000_000 * settings.seed,
+    )
+    return {
+        "online": config,
+        "make_env": functools.partial(make_environments, task, online),
+        "critic_config": preset.critic_config(max_steps=settings.scaled(online.critic_steps)),
+    }
+
+
+def make_environments(task: Task, online: OnlineSettings) -> VectorEnv[Any, Any, Any]:
+    """The environments of a collection: in this process, or in `num_workers` others that are restarted if they fail."""
+    if online.num_workers == 0:
+        return gymnasium.make_vec(task.env_id, num_envs=min(online.num_episodes, 128))
+    make = functools.partial(gymnasium.make, task.env_id)
+    return RestartingVectorEnv([make] * online.num_workers, timeout=online.worker_timeout)
 
 
 def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
@@ -431,7 +503,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _claim(output_dir: Path, settings: RunSettings) -> None:
     """Write down the settings of a new run, or compare with those of the run that is there."""
-    path, ours = output_dir / "settings.json", json.loads(json.dumps(vars(settings)))
+    path, ours = output_dir / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
     if not path.is_file():
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         checkpoint.save_json(temporary, ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tqdm.auto import tqdm
 
 from dmc_hub.data import Episodes
+from dmc_hub.envs.workers import WORKER_FAILURE
 
+NUM_REPETITIONS = 2
 Controller = Callable[[np.ndarray, torch.Generator | None], np.ndarray]
 
 
@@ -30,6 +33,8 @@ class Rollouts:
     terminations: bool of shape `(num_episodes, max_length)`.
     truncations: bool of shape `(num_episodes, max_length)`.
     valid: bool of shape `(num_episodes, max_length)`, false in the padding.
+    failed_seeds: int64 of shape `(num_failed,)`, seeds of the episodes that were given up: they are in no other field.
+    visited: bool of shape `(num_calls, num_envs)`, whose answers of each call of the controller are in `actions`.
     """
 
     seeds: np.ndarray
@@ -42,6 +47,8 @@ class Rollouts:
     terminations: np.ndarray
     truncations: np.ndarray
     valid: np.ndarray
+    failed_seeds: np.ndarray
+    visited: np.ndarray
 
     def paths(self) -> np.ndarray:
         """All observations of every episode, the last one included: `(num_episodes, max_length + 1, dim)`."""
@@ -86,6 +93,9 @@ def run_episodes(
     The controller always sees all environments, so the shape of its batch never changes; what it answers for
     those whose episode is over (or that have no seed left, in the last batch) is ignored.
 
+    An episode whose environment fails in a `RestartingVectorEnv` is run again after the others, twice at most; then it
+    is given up with a warning.
+
     Args:
         controller: maps float32 observations `(num_envs, observation_dim)` and `generator` to actions
             `(num_envs, action_dim)`.
@@ -101,18 +111,32 @@ def run_episodes(
     Raises:
         ValueError: `seeds` is empty, the environment does not fit, or an action, observation or reward has
             the wrong shape or is not finite.
+        RuntimeError: all episodes had to be given up.
     """
     _check_environment(vector_env)
     if len(seeds) == 0:
         raise ValueError("`seeds` is empty: pass one seed per episode.")
-    chunks = [seeds[i : i + vector_env.num_envs] for i in range(0, len(seeds), vector_env.num_envs)]
+    batches: list[list[_Step]] = []
+    column_of: dict[int, int] = {}  # where in the batches' columns the episode of each seed's index is
+    todo, num_failures = list(range(len(seeds))), [0] * len(seeds)
     with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
-        batches = []
-        for chunk in chunks:
+        while todo:
+            chunk, todo = todo[: vector_env.num_envs], todo[vector_env.num_envs :]
             if on_reset is not None:
                 on_reset()
-            batches.append(_run_batch(controller, vector_env, chunk, generator, bar))
-    return _collect(batches, seeds)
+            steps, failed = _run_batch(controller, vector_env, [seeds[i] for i in chunk], generator, bar)
+            for place, index in enumerate(chunk):
+                num_failures[index] += int(failed[place])
+                if not failed[place]:
+                    column_of[index] = len(batches) * vector_env.num_envs + place
+                elif num_failures[index] <= NUM_REPETITIONS:
+                    todo.append(index)
+            if steps:
+                batches.append([step._replace(valid=step.valid & ~failed) for step in steps])
+    given_up = [int(seed) for index, seed in enumerate(seeds) if index not in column_of]
+    _report_failures(vector_env, given_up, len(seeds))
+    kept = sorted(column_of)
+    return _collect(batches, [column_of[index] for index in kept], [int(seeds[index]) for index in kept], given_up)
 
 
 def _run_batch(
@@ -121,24 +145,31 @@ def _run_batch(
     seeds: Sequence[int],
     generator: torch.Generator | None,
     bar: Any,
-) -> list[_Step]:
+) -> tuple[list[_Step], np.ndarray]:
+    """One episode in each environment: the steps of all, and whose environment failed, bool of shape `(num_envs,)`."""
     spare = vector_env.num_envs - len(seeds)
     env_seeds: Any = [int(seed) for seed in (*seeds, *([seeds[-1]] * spare))]  # gymnasium annotates one seed
-    observations, _ = vector_env.reset(seed=env_seeds)
+    observations, infos = vector_env.reset(seed=env_seeds)
     running = np.arange(vector_env.num_envs) < len(seeds)
+    failed = running & _failures(infos, vector_env)
+    running = running & ~failed
     steps: list[_Step] = []
     while running.any():
         place = _Place(vector_env, seeds, len(steps), running)
         observations = place.check("observations", observations, vector_env.observation_space.shape)
         actions = place.check("actions", controller(observations, generator), vector_env.action_space.shape)
-        next_observations, rewards, terminations, truncations, _ = vector_env.step(actions)
+        next_observations, rewards, terminations, truncations, infos = vector_env.step(actions)
+        failed = failed | (running & _failures(infos, vector_env))
+        running = running & ~failed
+        place = place._replace(running=running)
         rewards = place.check("rewards", rewards, running.shape, np.float64)
+        next_observations = place.check("next_observations", next_observations, vector_env.observation_space.shape)
         steps.append(
             _Step(
                 observations,
                 actions,
                 rewards,
-                np.array(next_observations, dtype=np.float32),
+                next_observations,
                 np.array(terminations),
                 np.array(truncations),
                 running,
@@ -148,7 +179,21 @@ def _run_batch(
         running = running & ~finished
         observations = next_observations
         bar.update(int(finished.sum()))
-    return [_Step(*(column[: len(seeds)] for column in step)) for step in steps]
+    return steps, failed
+
+
+def _failures(infos: dict[str, Any], vector_env: VectorEnv[Any, Any, Any]) -> np.ndarray:
+    """Whose environment failed in this call."""
+    return np.asarray(infos.get(f"_{WORKER_FAILURE}", np.zeros(vector_env.num_envs, dtype=bool)))
+
+
+def _report_failures(vector_env: VectorEnv[Any, Any, Any], given_up: list[int], num_episodes: int) -> None:
+    if not given_up:
+        return
+    where = f"environment {_name(vector_env)} failed {1 + NUM_REPETITIONS} times each on the seeds {given_up}"
+    if len(given_up) == num_episodes:
+        raise RuntimeError(f"The {where}, all there were: see the warnings for the reasons.")
+    warnings.warn(f"The {where}: these episodes are left out.", stacklevel=3)
 
 
 class _Place(NamedTuple):
@@ -190,13 +235,15 @@ def _check_environment(vector_env: VectorEnv[Any, Any, Any]) -> None:
             raise ValueError(f"`vector_env` must have {name}s of shape (dim,), got {shape}.")
 
 
-def _collect(batches: list[list[_Step]], seeds: Sequence[int]) -> Rollouts:
+def _collect(batches: list[list[_Step]], columns: list[int], seeds: list[int], failed_seeds: list[int]) -> Rollouts:
+    """The episodes in the given columns of the batches, which are `num_envs` columns each."""
     max_length = max(len(steps) for steps in batches)
-    columns = []
-    for values in zip(*(map(np.stack, zip(*steps, strict=True)) for steps in batches), strict=True):
-        padded = [_pad(column, max_length) for column in values]
-        columns.append(np.concatenate(padded, axis=1).swapaxes(0, 1))
-    step = _Step(*columns)
+    values = []
+    for rows in zip(*(map(np.stack, zip(*steps, strict=True)) for steps in batches), strict=True):
+        padded = [_pad(row, max_length) for row in rows]
+        values.append(np.concatenate(padded, axis=1).swapaxes(0, 1)[columns])
+    length = int(_Step(*values).valid.sum(axis=1).max())  # a failed episode may have been longer
+    step = _Step(*(value[:, :length] for value in values))
     valid = step.valid
     rewards = np.where(valid, step.rewards, 0.0)
     return Rollouts(
@@ -210,6 +257,8 @@ def _collect(batches: list[list[_Step]], seeds: Sequence[int]) -> Rollouts:
         terminations=step.terminations & valid,
         truncations=step.truncations & valid,
         valid=valid,
+        failed_seeds=np.asarray(failed_seeds, dtype=np.int64),
+        visited=np.concatenate([np.stack([step.valid for step in steps]) for steps in batches]),
     )
 
 

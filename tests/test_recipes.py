@@ -93,7 +93,8 @@ def test_a_cascade_is_trained_evaluated_and_saved_in_the_pipeline(run: Path, tmp
     assert cascaded["before"] == plain["before"]
     assert cascaded["after"] != plain["after"]
     assert "1 × up-sampled" in (tmp_path / "run" / "report.md").read_text()
-    pipeline = load_pipeline(tmp_path / "run" / "pipeline")
+    assert 'from_pretrained("pipeline-after")' in (tmp_path / "run" / "README.md").read_text()
+    pipeline = load_pipeline(tmp_path / "run" / "pipeline-after")
     pipeline.load_lora_weights(tmp_path / "run" / "adapter")
     observation, _ = gymnasium.make("dmc_hub/Nav1D-v0").reset(seed=0)
     first, second = (pipeline(observation, num_upsampling_passes=n, generator=0).action for n in (0, 1))
@@ -149,6 +150,10 @@ def test_an_unknown_task_is_answered_with_the_list(tmp_path: Path, capsys: pytes
         ("--num-upsampling-passes", "-1", "`num_upsampling_passes` must be at least 0, got -1"),
         ("--min-diversity", "1.5", "`min_diversity` must lie in (0, 1], got 1.5"),
         ("--seed", "-1", "`seed` must not be negative, got -1"),
+        ("--num-online-episodes", "-1", "`num_online_episodes` must not be negative, got -1"),
+        ("--num-online-workers", "-1", "`num_online_workers` must not be negative, got -1"),
+        ("--online-buffer-size", "0", "`online_buffer_size` must be at least 1, got 0"),
+        ("--online-worker-timeout", "nan", "`online_worker_timeout` must be positive, got nan"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_trained(
@@ -249,6 +254,30 @@ def test_a_script_runs_on_two_processes_that_agree(run: Path, tmp_path: Path) ->
     assert manifest["metadata"]["world_size"] == 2
     assert manifest["metadata"]["step"] == 3
     assert result.stderr.count("saved ") == 1
+
+
+def test_an_online_run_collects_between_its_stages(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two worker processes; the critic that it leaves is the one that its last evaluation chose with."""
+    options = ["--foundation", str(run / "pipeline"), "--methods", "sft", "sft", "--num-online-episodes", "6"]
+    options += ["--online-buffer-size", "40", "--num-online-workers", "2", "--online-critic-steps", "500"]
+    assert align("policy", tmp_path, *options) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    [collection] = report["collections"]
+    assert (collection["stage"], collection["num_episodes"], collection["num_buffer_steps"]) == (2, 6, 40)
+    log = [json.loads(line) for line in (tmp_path / "alignment_log.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in log] == ["foundation", "sft", "online", "sft", "end"]
+    assert "| 2 | 6 | 0 |" in (tmp_path / "report.md").read_text()
+    assert 'from_pretrained("pipeline-after")' in (tmp_path / "README.md").read_text()
+    assert json.loads((run / "report.json").read_text())["collections"] == []
+    folders = ["--pipeline", str(tmp_path / "pipeline-after"), "--adapter", str(tmp_path / "adapter")]
+    capsys.readouterr()
+    evaluation = ["--num-episodes", "8", "--num-candidates", "8", "--output", str(tmp_path / "e.json")]
+    assert main(["evaluate", "--task", "nav1d-full", *folders, *evaluation]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["returns"] == report["evaluations"][1]["returns_after"]
+    assert align("policy", tmp_path, *options, "--online-buffer-size", "41") == 2
+    assert "holds a run with other settings (online was {'num_episodes': 6" in capsys.readouterr().err
 
 
 def _environment() -> dict[str, str]:

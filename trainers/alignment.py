@@ -25,7 +25,10 @@ from dmc_hub.data import Episodes
 from dmc_hub.divergence import candidate_spread, denoising_kl
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
+from dmc_hub.trainers.iql import IQLConfig
 from dmc_hub.trainers.joint import SINGLE_METHODS, JointConfig, JointTrainer
+from dmc_hub.trainers.loop import last_metrics, verify_part
+from dmc_hub.trainers.online import EnvironmentMaker, OnlineCollector, OnlineConfig
 from dmc_hub.trainers.sampling import SamplingConfig
 from dmc_hub.trainers.sft import NoSamplesLeftError
 
@@ -175,6 +178,10 @@ class SequentialAligner:
         reward_function: by default the critic's advantage of the first action.
         peft_config: rank 16 on all layers by default.
         callbacks: passed to every trainer.
+        online: with it, episodes are collected between the stages; see `OnlineCollector`. They join `train_dataset`,
+            and the pipeline's critic is trained on.
+        make_env: makes the environments of a collection.
+        critic_config: of the critic's training after each collection; IQL's defaults with 1000 steps where missing.
     """
 
     def __init__(
@@ -188,6 +195,9 @@ class SequentialAligner:
         reward_function: RewardFunction | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        online: OnlineConfig | None = None,
+        make_env: EnvironmentMaker | None = None,
+        critic_config: IQLConfig | None = None,
     ) -> None:
         refuse_several_processes("SequentialAligner")
         self.pipeline = pipeline
@@ -201,6 +211,7 @@ class SequentialAligner:
         self.reward_function = reward_function
         self.peft_config = peft_config or LoraConfig(r=16, lora_alpha=16)
         self.callbacks = callbacks
+        self.collector = self._collector(online, make_env, critic_config)
         self.results: list[StageResult] = []
         self.num_resumed = 0  # how many of the results an earlier process left
         self.end_reason = ""
@@ -220,10 +231,33 @@ class SequentialAligner:
             self._finish(_result(0, "foundation", "start", "before alignment", self.measure(0)))
         while not self._is_over():
             stage = len(self.results)
+            self._collect_before(stage)
             self._run_stage(stage, self.stage_names[stage - 1])
         self._write_log()
         self._set_adapter(self._best[1])
         return self.results
+
+    def _collector(
+        self, online: OnlineConfig | None, make_env: EnvironmentMaker | None, critic_config: IQLConfig | None
+    ) -> OnlineCollector | None:
+        if (online is None) != (make_env is None):
+            raise ValueError("`online` and `make_env` belong together: pass both, or none to align on logged data.")
+        if online is None or make_env is None:
+            return None
+        return OnlineCollector(
+            self.pipeline,
+            online,
+            logged=self.train_dataset,
+            make_env=make_env,
+            critic_config=critic_config or IQLConfig(output_dir=None, max_steps=1000),
+            seed=self.config.seed,
+            folder=None if self.config.output_dir is None else Path(self.config.output_dir) / "stages",
+        )
+
+    def _collect_before(self, stage: int) -> None:
+        if self.collector is not None and stage > 1:
+            self.collector.collect_before(stage)
+            self._write_log()
 
     def measure(self, step: int) -> Measured:
         """Validate the controller as it is.
@@ -320,7 +354,7 @@ class SequentialAligner:
             learning_rate=config.learning_rate,
             validations=[dataclasses.asdict(row) for row in watch.validations],
             retries=retries,
-            train_metrics=_last_metrics(trainer),
+            train_metrics=last_metrics(trainer.history),
         )
         self._finish(result)
         self._remove_work_folders(stage, method)
@@ -360,7 +394,7 @@ class SequentialAligner:
         return METHODS[method][0](
             self.pipeline,
             config,
-            train_dataset=self.train_dataset,
+            train_dataset=self.train_dataset if self.collector is None else self.collector.episodes,
             reward_function=self.reward_function,
             callbacks=self.callbacks,
         )
@@ -377,7 +411,7 @@ class SequentialAligner:
             trainer.train(resume_from_checkpoint=newest is not None)
 
     def _conditions(self) -> dict[str, Tensor]:
-        """The same 64 conditions from the data in every validation."""
+        """The same 64 conditions from the logged data in every validation."""
         windows = self.train_dataset.windows(self.pipeline.config.horizon, self.pipeline.num_observation_steps)
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.randint(len(windows), (64,), generator=generator)
@@ -405,7 +439,9 @@ class SequentialAligner:
         if self.config.output_dir is None:
             return
         path = Path(self.config.output_dir) / "alignment_log.jsonl"
-        rows = [dataclasses.asdict(row) for row in self.results]
+        rows = [] if self.collector is None else [dataclasses.asdict(row) for row in self.collector.results]
+        rows += [dataclasses.asdict(row) for row in self.results]
+        rows.sort(key=lambda row: row["stage"])  # stable: a collection stands before the stage that it precedes
         if self.end_reason:
             rows.append({"name": "end", "decision": "stopped", "reason": self.end_reason})
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -420,7 +456,8 @@ class SequentialAligner:
             folder = self._stage_folder(stage, name)
             if not folder.is_dir():
                 return
-            self._check_stage(folder)
+            verify_part(folder, self.config.seed)
+            self._resume_collection(stage)
             result = StageResult(**checkpoint.load_json(folder / "stage.json"))
             if stage:
                 self._load_adapter(folder)
@@ -429,18 +466,15 @@ class SequentialAligner:
             self.results.append(result)
             self.num_resumed = len(self.results)
 
-    def _check_stage(self, folder: Path) -> None:
-        try:
-            seed = checkpoint.verify(folder).metadata.get("seed")
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(
-                f"{error} To run this stage and those after it again, delete their folders in `{folder.parent}`."
-            ) from error
-        if seed != self.config.seed:
+    def _resume_collection(self, stage: int) -> None:
+        is_online = self.collector is not None and stage > 1
+        if self._stage_folder(stage, "online").is_dir() != is_online:
             raise ValueError(
-                f"`output_dir` {self.config.output_dir!r} holds a run with seed {seed}, not {self.config.seed}: choose "
-                "another folder."
+                f"`output_dir` {self.config.output_dir!r} holds a run {'without' if is_online else 'with'} online "
+                "collection: choose another folder."
             )
+        if self.collector is not None and is_online:
+            self.collector.collect_before(stage)
 
     def _stage_folder(self, stage: int, name: str) -> Path:
         return Path(str(self.config.output_dir)) / "stages" / f"{stage:02d}-{name}"
@@ -553,11 +587,6 @@ class _StageWatch(TrainerCallback):
         temporary = self.folder / f".validations.json.{os.getpid()}"
         checkpoint.save_json(temporary, [dataclasses.asdict(row) for row in self.validations])
         os.replace(temporary, self.folder / "validations.json")
-
-
-def _last_metrics(trainer: DiffusionTrainer) -> dict[str, float]:
-    rows = [row for row in trainer.history if "train_runtime" not in row]
-    return {name: float(value) for row in rows for name, value in row.items()}
 
 
 def _result(stage: int, name: str, decision: str, reason: str, measured: Measured, **others: Any) -> StageResult:

@@ -134,8 +134,8 @@ class DDPOTrainer(TruncatedTrainer):
     One micro-batch is sampled, and trained on, in the same composition: a step's log-probability is computed twice by
     the same code on the same tensors, so the ratio before the first update is exactly 1 (DDPO, arXiv:2305.13301).
 
-    The buffer holds two latents and one number per sample and denoising step, of `batches_per_rollout` micro-batches: it
-    does not grow with the run.
+    The buffer holds two latents and one number per sample and denoising step, of `batches_per_rollout` micro-batches,
+    and does not grow with the run.
 
     The loss is the mean over the trained denoising steps of `kappa_t (policy loss + KL coefficient * KL)`. `kappa_t`
     weighs the whole objective of a step, its KL included, and is 1 on average over the steps that have a density. A

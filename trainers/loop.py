@@ -9,9 +9,10 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
 
 
@@ -158,4 +160,29 @@ def require_transitions(pipeline: Any) -> None:
             f"`pipeline.scheduler` is a {type(scheduler).__name__}, which samples but has neither log-probabilities "
             "nor training targets: train with a TransitionScheduler of the same noise schedule and prediction type, "
             "and put the other one in afterwards."
+        )
+
+
+def last_metrics(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The last value of every metric in a trainer's history."""
+    return {name: float(value) for row in history if "train_runtime" not in row for name, value in row.items()}
+
+
+def verify_part(folder: Path, seed: int) -> None:
+    """Verify a finished part of an alignment that an earlier process has left.
+
+    Raises:
+        CheckpointError: a file is missing or was changed; the message says how to run the part again.
+        ValueError: it is of a run with another seed.
+    """
+    try:
+        written = checkpoint.verify(folder).metadata.get("seed")
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(
+            f"{error} To run this stage and those after it again, delete their folders in `{folder.parent}`."
+        ) from error
+    if written != seed:
+        raise ValueError(
+            f"`output_dir` {str(folder.parent.parent)!r} holds a run with seed {written}, not {seed}: choose another "
+            "folder."
         )

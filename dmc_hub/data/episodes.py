@@ -6,7 +6,7 @@ dataset loaded from disk stays memory-mapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import datasets
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VECTOR_COLUMNS = ("observations", "actions", "next_observations")
 COLUMNS = (*VECTOR_COLUMNS, "rewards", "terminations", "truncations", "episode_ids")
 _SCALAR_TYPES = {"rewards": "float32", "terminations": "bool", "truncations": "bool", "episode_ids": "int64"}
+_STEP_FIELDS = (*VECTOR_COLUMNS, "rewards", "terminations", "truncations")
 _CAST_HINT = "Cast it: `dataset.cast(dmc_hub.data.episode_features(observation_dim, action_dim))`."
 
 
@@ -82,11 +83,19 @@ class Episodes:
         widths = {(part.observation_dim, part.action_dim) for part in episodes}
         if len(widths) > 1:
             raise ValueError(f"`episodes` differ in (observation_dim, action_dim): got {sorted(widths)}.")
-        names = [field.name for field in fields(cls) if field.name != "episode_ends"]
-        joined = {name: np.concatenate([getattr(part, name) for part in episodes]) for name in names}
+        joined = {name: np.concatenate([getattr(part, name) for part in episodes]) for name in _STEP_FIELDS}
         offsets = np.cumsum([0, *(part.num_steps for part in episodes[:-1])])
         ends = [part.episode_ends + offset for part, offset in zip(episodes, offsets, strict=True)]
         return cls(**joined, episode_ends=np.concatenate(ends))
+
+    def newest(self, max_steps: int) -> Episodes:
+        """The last episodes, as many whole ones as fit into `max_steps` steps, at least the very last."""
+        starts = self.episode_starts
+        kept = starts >= self.num_steps - max_steps
+        kept[-1] = True
+        first = starts[kept][0]
+        rows = {name: getattr(self, name)[first:] for name in _STEP_FIELDS}
+        return Episodes(**rows, episode_ends=self.episode_ends[kept] - first)
 
     @property
     def num_steps(self) -> int:

@@ -147,6 +147,22 @@ def test_concatenate_refuses_other_widths_and_nothing() -> None:
         Episodes.concatenate()
 
 
+def test_the_newest_episodes_are_whole_ones() -> None:
+    episodes = make_episodes((3, 2, 4))
+    for max_steps, lengths in ((9, [3, 2, 4]), (8, [2, 4]), (6, [2, 4]), (5, [4]), (4, [4]), (1, [4])):
+        newest = episodes.newest(max_steps)
+        np.testing.assert_array_equal(newest.episode_lengths, lengths)
+        np.testing.assert_array_equal(newest.rewards, np.arange(9 - sum(lengths), 9) / 2)
+    assert_equal(Episodes.concatenate(make_episodes((3,)), make_episodes((3, 2)).newest(2)).newest(2), episodes_tail())
+
+
+def episodes_tail() -> Episodes:
+    """The second episode of `make_episodes`, alone."""
+    both = make_episodes()
+    columns = {name: getattr(both, name)[3:] for name in Episodes.__dataclass_fields__ if name != "episode_ends"}
+    return Episodes(**columns, episode_ends=np.array([2]))
+
+
 def test_missing_columns_and_missing_steps_are_named() -> None:
     dataset = make_episodes().to_dataset()
     with pytest.raises(ValueError, match=r"lacks the columns \['rewards'\]"):

@@ -27,7 +27,7 @@ def episodes() -> Episodes:
     return Episodes.from_dataset(make_nav1d_dataset("full", num_episodes=300))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pipeline(episodes: Episodes) -> Callable[..., Any]:
     """`make_pipeline("policy" | "planner", **scheduler_options)`: untrained, the same at every call."""
 
