@@ -10,11 +10,12 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from dmc_hub.losses import denoising_loss, diffusion_dpo_loss, plackett_luce_loss
-from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer, pack, unpack
+from dmc_hub.trainers.candidates import CandidatesConfig, CandidatesTrainer
+from dmc_hub.trainers.sampling import pack, unpack
 
 
 @dataclass(kw_only=True)
-class DiffusionDPOConfig(SamplingConfig):
+class DiffusionDPOConfig(CandidatesConfig):
     """Settings of `DiffusionDPOTrainer`."""
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate."})
@@ -51,37 +52,13 @@ class DiffusionDPOConfig(SamplingConfig):
         default="reward",
         metadata={"help": "Ranked by the reward function (the critic by default), or pairs from data by their return."},
     )
-    pair_consistency: Literal["independent", "shared_latent", "shared_part"] = field(
-        default="independent",
-        metadata={
-            "help": "Sampled candidates of a condition share nothing else, the latent after the first denoising steps, "
-            "or a contiguous part around which they are in-painted."
-        },
-    )
-    shared_fraction: float = field(
-        default=0.5,
-        metadata={"help": "Share of the denoising steps, or of the horizon, that they share."},
-    )
-    num_candidates: int = field(
-        default=8, metadata={"help": "Candidates per condition; the best and the worst of them are a pair."}
-    )
-    num_conditions: int = field(default=256, metadata={"help": "Pairs in one buffer."})
-    steps_per_buffer: int = field(default=20, metadata={"help": "Micro-steps before the buffer is filled anew."})
-    sample_from_reference: bool = field(
-        default=False, metadata={"help": "Sample pairs from the foundation instead of the current controller."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("num_conditions", "steps_per_buffer")
-        if self.num_candidates < 2:
-            raise ValueError(f"`num_candidates` must be at least 2 to make a pair, got {self.num_candidates}.")
         if self.beta <= 0 or self.snr_clip <= 0:
             raise ValueError(f"`beta` and `snr_clip` must be positive, got {self.beta} and {self.snr_clip}.")
         if not self.max_pair_distance > 0:
             raise ValueError(f"`max_pair_distance` must be positive, got {self.max_pair_distance}.")
-        if not 0 < self.shared_fraction < 1:
-            raise ValueError(f"`shared_fraction` must lie between 0 and 1, got {self.shared_fraction}.")
         if self.pairs == "data" and (self.pair_consistency != "independent" or self.sample_from_reference):
             raise ValueError(
                 "`pair_consistency` and `sample_from_reference` are about sampled pairs: leave them at 'independent' "
@@ -91,16 +68,15 @@ class DiffusionDPOConfig(SamplingConfig):
             raise ValueError("`preference` 'return' needs logged rewards: set `pairs` to 'data', or use 'reward'.")
 
 
-class DiffusionDPOTrainer(SamplingTrainer):
+class DiffusionDPOTrainer(CandidatesTrainer):
     """Direct preference optimisation of a diffusion model (Eq. 10–12 of arXiv:2502.12198, arXiv:2311.12908).
 
     The samples of a group share their condition, and in the loss also time and noise. The errors are those of the noise
     prediction summed over the free entries, `||eps - eps_theta||^2`, whatever the network predicts.
 
     With `pairs="data"` a group is a logged window and its nearest neighbours by the first observation (the history of a
-    policy), all under the first one's condition. Consistent samples (section 3.4) differ where it matters: candidates
-    that share a latent z_t agree in what the first denoising steps decide, in-painted ones in a piece of trajectory,
-    whose entries then don't count in the loss.
+    policy), all under the first one's condition. Of a sampled group the best and the worst are a pair; entries that its
+    candidates share (`pair_consistency`) don't count in the loss.
     """
 
     args: DiffusionDPOConfig
@@ -108,17 +84,12 @@ class DiffusionDPOTrainer(SamplingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.require_reference()
-        self._check_consistency()
         if self.args.pairs == "data":
             first = self.pipeline.normalizer.normalize_observations(
                 self.windows.history(torch.arange(len(self.windows))).to(self.args.device)
             )
             self._states = first.flatten(1).cpu().numpy()
             self._neighbours = cKDTree(self._states)
-
-    @property
-    def micro_steps_per_buffer(self) -> int:
-        return self.args.steps_per_buffer
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
         if self.args.pairs == "data":
@@ -141,52 +112,12 @@ class DiffusionDPOTrainer(SamplingTrainer):
 
     def _ranked_samples(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Candidates `(num_conditions, num_candidates, horizon, dim)`, their conditions and rewards, best first."""
-        count, consistency = self.args.num_candidates, self.args.pair_consistency
-        if consistency == "independent":
-            return self.sample_ranked(self.args.num_conditions, count, generator)
-        condition = self.conditions(self.args.num_conditions, generator)
-        sample = self._share_latent if consistency == "shared_latent" else self._share_part
-        samples, condition = sample(condition, generator)
+        count = self.args.num_candidates
+        samples, condition = self.candidates(self.conditions(self.args.num_conditions, generator), generator)
         rewards = self.rewards(samples.flatten(0, 1), self.pipeline.repeat(condition, count))
         self.log_metric("reward", rewards)
         ranked, rewards = self.ranked(samples.flatten(0, 1), rewards, count)
         return ranked, condition, rewards
-
-    def _share_latent(
-        self, condition: dict[str, Tensor], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Candidates whose denoising went the same way for the first steps."""
-        others = self.args.num_candidates - 1
-        steps = self._num_inference_steps
-        shared = min(max(1, round(self.args.shared_fraction * steps)), steps - 1)
-        with self.pipeline.scheduler.record() as trajectory:
-            first = self.pipeline.sample(condition, num_inference_steps=steps, generator=generator)
-        if not any(step >= shared for step in trajectory.stochastic_steps):
-            raise ValueError(
-                f"No noise is drawn after the {shared} of {steps} denoising steps that candidates share, so they would "
-                "be equal: lower `shared_fraction`, use more steps or a scheduler with `eta > 0`, or 'independent'."
-            )
-        latents = trajectory.next_latents[shared - 1].repeat_interleave(others, dim=0)
-        rest = self.pipeline.sample(
-            self.pipeline.repeat(condition, others),
-            num_inference_steps=steps,
-            generator=generator,
-            resume=(latents, shared),
-        )
-        return torch.cat([first[:, None], rest.unflatten(0, (-1, others))], dim=1), condition
-
-    def _share_part(self, condition: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Candidates that are in-painted around a contiguous part of the first, and the condition that fixes it."""
-        others, horizon = self.args.num_candidates - 1, self.pipeline.config.horizon
-        options = {"num_inference_steps": self.args.num_inference_steps, "generator": generator}
-        first = self.pipeline.sample(condition, **options)
-        length = min(max(1, round(self.args.shared_fraction * horizon)), horizon - 1)
-        start = torch.randint(horizon - length + 1, (len(first), 1, 1), generator=generator)
-        steps = torch.arange(horizon)[None, :, None]
-        part = ((steps >= start) & (steps < start + length)).to(first.device).expand_as(first)
-        condition = self.pipeline.fix_entries(condition, first, part)
-        rest = self.pipeline.sample(self.pipeline.repeat(condition, others), **options)
-        return torch.cat([first[:, None], rest.unflatten(0, (-1, others))], dim=1), condition
 
     def _ranked_windows(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Windows that start near each other; a place without a neighbour has reward -inf and comes last."""
@@ -211,17 +142,6 @@ class DiffusionDPOTrainer(SamplingTrainer):
         )
         # The first of each group is at distance 0 from the anchor: its condition is the anchor's.
         return samples, {name: value[::count] for name, value in condition.items()}, rewards
-
-    @property
-    def _num_inference_steps(self) -> int:
-        return self.args.num_inference_steps or self.pipeline.config.num_inference_steps
-
-    def _check_consistency(self) -> None:
-        consistency, horizon = self.args.pair_consistency, self.pipeline.config.horizon
-        if consistency == "shared_part" and horizon < 2:
-            raise ValueError("`pair_consistency` 'shared_part' needs a horizon of at least 2: this controller's is 1.")
-        if consistency == "shared_latent" and self._num_inference_steps < 2:
-            raise ValueError("`pair_consistency` 'shared_latent' needs at least 2 denoising steps, one of them shared.")
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size

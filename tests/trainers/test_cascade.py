@@ -75,13 +75,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("controller", "consistency"),
-    [("policy", "shared_latent"), ("planner", "shared_latent"), ("planner", "in_painting")],
+    [("policy", "shared_latent"), ("planner", "shared_latent"), ("planner", "shared_part")],
 )
 def test_in_every_pair_the_target_earns_more_than_the_draft(
     controller: str, consistency: str, make_pipeline: MakePipeline, episodes: Episodes
 ) -> None:
     pipeline = untrained_but_random(make_pipeline(controller))
-    trainer = make_trainer(pipeline, episodes, consistency=consistency)
+    trainer = make_trainer(pipeline, episodes, pair_consistency=consistency)
     batch = trainer.make_batch(generator())
     condition = {name.removeprefix("condition."): value for name, value in batch.items() if "condition." in name}
     gaps = trainer.rewards(batch["targets"], condition) - trainer.rewards(batch["drafts"], condition)
@@ -153,10 +153,10 @@ def test_candidates_part_where_they_should(eta: float, make_pipeline: MakePipeli
         num_conditions=2000,
         num_candidates=8,
         num_inference_steps=10,
-        shared_denoising_fraction=0.7,
+        shared_fraction=0.7,
     )
     with torch.no_grad():
-        samples = trainer._consistent_samples(trainer.conditions(2000, generator()), generator(1)).reshape(2000, 8)
+        samples = trainer.candidates(trainer.conditions(2000, generator()), generator(1))[0].reshape(2000, 8)
     pipeline.scheduler.set_timesteps(10)
     levels = [
         tuple(float(value) for value in pipeline.scheduler.noise_schedule(pipeline.scheduler.time(timestep))[:2])
@@ -188,16 +188,16 @@ def test_every_sampler_makes_pairs_also_at_the_ends(
     pipeline = untrained_but_random(make_pipeline("policy", **SAMPLERS[sampler][0]))
     pipeline.normalizer.register_to_config(mode="gaussian")  # nothing is clamped, so no two samples are equal
     for fraction in (0.01, 0.5, 0.99):
-        trainer = make_trainer(pipeline, episodes, shared_denoising_fraction=fraction)
+        trainer = make_trainer(pipeline, episodes, shared_fraction=fraction)
         trainer.train()
         assert trainer.history[0]["pair_share"] == 1.0, fraction
 
 
 def test_in_painted_candidates_share_one_piece_of_the_plan(make_pipeline: MakePipeline, episodes: Episodes) -> None:
-    trainer = make_trainer(make_pipeline("planner"), episodes, consistency="in_painting", shared_plan_fraction=0.5)
+    trainer = make_trainer(make_pipeline("planner"), episodes, pair_consistency="shared_part", shared_fraction=0.5)
     condition = trainer.conditions(200, generator())
     with torch.no_grad():
-        plans = trainer._consistent_samples(condition, generator(1)).unflatten(0, (200, 4))
+        plans, _ = trainer.candidates(condition, generator(1))
     shared = (plans == plans[:, :1]).all(1)  # (200, horizon, dim)
     starts = set()
     for row in shared:
@@ -259,12 +259,12 @@ def test_only_the_upsampler_is_trained_and_pairs_come_from_the_chosen_controller
 
 @pytest.mark.parametrize(
     ("controller", "consistency"),
-    [("policy", "shared_latent"), ("planner", "shared_latent"), ("planner", "in_painting")],
+    [("policy", "shared_latent"), ("planner", "shared_latent"), ("planner", "shared_part")],
 )
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     controller: str, consistency: str, make_pipeline: MakePipeline, episodes: Episodes, tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 7, "lr_scheduler_type": "constant", "learning_rate": 1e-2, "consistency": consistency}
+    settings = {"max_steps": 7, "lr_scheduler_type": "constant", "learning_rate": 1e-2, "pair_consistency": consistency}
     saving = {**settings, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
     whole = untrained_but_random(make_pipeline(controller))
     make_trainer(whole, episodes, **settings).train()
@@ -304,7 +304,7 @@ def test_a_pass_raises_the_reward_and_a_second_does_not_lower_it(
     warm_start_upsampler(pipeline)
     none, untrained = (mean_reward(pipeline, episodes, passes) for passes in (0, 1))
     assert abs(untrained - none) < 0.1
-    make_trainer(pipeline, episodes, **LEARNING, learning_rate=3e-3, shared_denoising_fraction=0.3).train()
+    make_trainer(pipeline, episodes, **LEARNING, learning_rate=3e-3, shared_fraction=0.3).train()
     assert mean_reward(pipeline, episodes, 0) == none
     one, two = (mean_reward(pipeline, episodes, passes) for passes in (1, 2))
     assert one > none + 0.2
@@ -388,12 +388,14 @@ def test_an_interrupted_alignment_of_the_upsampler_equals_an_uninterrupted_one(
 
 
 def test_what_makes_no_sense_is_refused(make_pipeline: MakePipeline, episodes: Episodes) -> None:
-    with pytest.raises(ValueError, match="`consistency` 'in_painting' needs a planner"):
-        make_trainer(make_pipeline("policy"), episodes, consistency="in_painting")
+    with pytest.raises(ValueError, match="`pair_consistency` 'shared_part' needs a horizon of at least 2"):
+        make_trainer(make_pipeline("policy"), episodes, pair_consistency="shared_part")
     solver = {"kernel": "dpm_solver_2m", "eta": 0.0}
-    with pytest.raises(ValueError, match="`consistency` 'shared_latent' needs a sampler that can stop"):
-        make_trainer(make_pipeline("planner", **solver), episodes)
-    make_trainer(make_pipeline("planner", **solver), episodes, consistency="in_painting").train()
+    planner = make_pipeline("planner", **solver)
+    with pytest.raises(ValueError, match="`pair_consistency` 'shared_latent' needs a sampler that can stop"):
+        make_trainer(planner, episodes)
+    assert planner.upsampler is None
+    make_trainer(planner, episodes, pair_consistency="shared_part").train()
     pipeline = make_pipeline("policy")
     with pytest.raises(ValueError, match="`peft_config` must be None: CascadeTrainer trains a whole network"):
         CascadeTrainer(pipeline, CascadeConfig(**QUIET, **SMALL), train_dataset=episodes, peft_config=LORA)
@@ -407,11 +409,14 @@ def test_what_makes_no_sense_is_refused(make_pipeline: MakePipeline, episodes: E
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"consistency": "none"}, "`consistency` must be one of shared_latent, in_painting; got 'none'"),
+        (
+            {"pair_consistency": "none"},
+            "`pair_consistency` must be one of independent, shared_latent, shared_part",
+        ),
         ({"num_candidates": 1}, "`num_candidates` must be at least 2 to make a pair, got 1"),
         ({"num_conditions": 0}, "`num_conditions` must be at least 1, got 0"),
-        ({"shared_denoising_fraction": 1.0}, "`shared_denoising_fraction` must lie between 0 and 1, got 1.0"),
-        ({"shared_plan_fraction": float("nan")}, "`shared_plan_fraction` must lie between 0 and 1, got nan"),
+        ({"shared_fraction": 1.0}, "`shared_fraction` must lie between 0 and 1, got 1.0"),
+        ({"shared_fraction": float("nan")}, "`shared_fraction` must lie between 0 and 1, got nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
