@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dmc_hub.agent import Agent
     from dmc_hub.data.episodes import Episodes
     from dmc_hub.envs.nav1d import Nav1DEnv
+    from dmc_hub.envs.workers import RestartingVectorEnv
     from dmc_hub.models.action_transformer import ActionTransformer
     from dmc_hub.models.conditional_unet import ConditionalUnet1D
     from dmc_hub.models.critic import TwinQCritic
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
     from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
+    from dmc_hub.trainers.multi_task import AlignmentTask, align_tasks
     from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
+    from dmc_hub.trainers.online import OnlineConfig
     from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
     from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
 
@@ -45,6 +48,7 @@ __all__ = [
     "ActionTransformer",
     "Agent",
     "AlignmentConfig",
+    "AlignmentTask",
     "CascadeConfig",
     "CascadeTrainer",
     "ConditionalUnet1D",
@@ -70,6 +74,8 @@ __all__ = [
     "Nav1DEnv",
     "NoiseSchedule",
     "Normalizer",
+    "OnlineConfig",
+    "RestartingVectorEnv",
     "RewardGradientConfig",
     "RewardGradientTrainer",
     "SFTConfig",
@@ -80,12 +86,14 @@ __all__ = [
     "TwinQCritic",
     "VarianceExplodingSchedule",
     "__version__",
+    "align_tasks",
 ]
 
 _NAMES_OF_MODULE = {
     "dmc_hub.agent": ("Agent",),
     "dmc_hub.data.episodes": ("Episodes",),
     "dmc_hub.envs.nav1d": ("Nav1DEnv",),
+    "dmc_hub.envs.workers": ("RestartingVectorEnv",),
     "dmc_hub.models.action_transformer": ("ActionTransformer",),
     "dmc_hub.models.conditional_unet": ("ConditionalUnet1D",),
     "dmc_hub.models.inverse_dynamics": ("InverseDynamics",),
@@ -110,7 +118,9 @@ _NAMES_OF_MODULE = {
     "dmc_hub.trainers.denoising": ("DenoisingConfig", "DenoisingTrainer"),
     "dmc_hub.trainers.dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
     "dmc_hub.trainers.iql": ("IQLConfig", "IQLTrainer"),
+    "dmc_hub.trainers.multi_task": ("AlignmentTask", "align_tasks"),
     "dmc_hub.trainers.nft": ("NFTConfig", "NFTTrainer"),
+    "dmc_hub.trainers.online": ("OnlineConfig",),
     "dmc_hub.trainers.reward_gradient": ("RewardGradientConfig", "RewardGradientTrainer"),
     "dmc_hub.trainers.sft": ("SFTConfig", "SFTTrainer"),
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class AdaptableController:
             raise ValueError(
                 f"`adapter_name` {adapter_name!r} is already on this pipeline: unload it or choose another."
             )
+        self._refuse_while_fused("add an adapter")
         _check_leaves_base(config)
         config = copy.deepcopy(config)
         if config.target_modules is None:
@@ -90,7 +92,8 @@ class AdaptableController:
         """Inside the block the denoiser is the foundation, bit for bit: the reference policy of every alignment."""
         if not self.lora_names:
             raise ValueError("This pipeline has no LoRA adapter to disable: call `add_lora` or `load_lora_weights`.")
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        self._refuse_while_fused("switch the adapters off")
+        layers = self._adapted_layers()
         if all(layer.disable_adapters for layer in layers):
             yield  # inside another such block, which ends it
             return
@@ -102,7 +105,7 @@ class AdaptableController:
 
     def base_weights(self) -> dict[str, Tensor]:
         """The denoiser's state without adapters, under the names that it has without them: the foundation's."""
-        state = self.denoiser.state_dict()
+        state = {**self.denoiser.state_dict(), **self._weights_before_fusing()}
         return {n.replace(".base_layer.", "."): tensor for n, tensor in state.items() if ".lora_" not in n}
 
     def base_fingerprint(self) -> str:
@@ -143,8 +146,16 @@ class AdaptableController:
         temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, folder / ADAPTER_CONFIG)
 
-    def load_lora_weights(self, folder: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+    def load_lora_weights(
+        self, folder: str | os.PathLike[str], *, adapter_name: str = "default", hotswap: bool = False
+    ) -> None:
         """Load an adapter saved by `save_lora_weights`, and make it the active one.
+
+        Args:
+            folder: of the adapter.
+            adapter_name: must be new, or with `hotswap` that of a loaded adapter.
+            hotswap: put the adapter in the place of the loaded one, of whatever rank: which adapters are active, and
+                with which weights, stays as it is.
 
         Raises:
             FileNotFoundError: the folder holds no adapter.
@@ -164,12 +175,43 @@ class AdaptableController:
                 f"The adapter in `{folder}` was trained on another base: it names fingerprint {str(found)[:12]}, this "
                 f"pipeline is {expected[:12]}. Load the pipeline it was saved beside."
             )
+        if hotswap:
+            self._swap_adapter(config, state, adapter_name, folder)
+        else:
+            self._attach_adapter(config, state, adapter_name, folder)
+
+    def _attach_adapter(self, config: LoraConfig, state: dict[str, Tensor], adapter_name: str, folder: Path) -> None:
+        active = self.get_active_adapters()
         self.add_lora(config, adapter_name=adapter_name)
         try:
             self._fill_adapter(state, adapter_name, folder)
         except ValueError:
+            if active:
+                self._activate(active)
             self.unload_lora(adapter_name)
             raise
+
+    def _swap_adapter(self, config: LoraConfig, state: dict[str, Tensor], adapter_name: str, folder: Path) -> None:
+        if adapter_name not in self.lora_names:
+            raise ValueError(
+                f"`hotswap` replaces a loaded adapter, but `adapter_name` {adapter_name!r} is not on this pipeline; it "
+                f"has {self.lora_names}."
+            )
+        self._refuse_while_fused("swap an adapter")
+        active, weights = self.get_active_adapters(), self.adapter_weights
+        old_config = self.denoiser.peft_config[adapter_name]
+        old_state = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
+        self._activate([name for name in self.lora_names if name != adapter_name])
+        self._remove_lora(adapter_name)
+        try:
+            self._attach_adapter(config, state, adapter_name, folder)
+        except ValueError:
+            self._attach_adapter(old_config, old_state, adapter_name, folder)
+            raise
+        finally:
+            for name, weight in weights.items():
+                self._set_weight(name, weight)
+            self._activate(active)
 
     def _fill_adapter(self, state: dict[str, Tensor], adapter_name: str, folder: Path) -> None:
         wanted = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
@@ -190,6 +232,7 @@ class AdaptableController:
         """Remove one adapter, or all: without any, the denoiser is the foundation again, all of it trainable."""
         if adapter_name is not None and adapter_name not in self.lora_names:
             raise ValueError(f"`adapter_name` {adapter_name!r} is not on this pipeline; it has {self.lora_names}.")
+        self._refuse_while_fused("remove an adapter")
         if self.lora_names:
             self._remove_lora(adapter_name)
         if not self.lora_names:
@@ -200,6 +243,135 @@ class AdaptableController:
             self.denoiser.unload_lora()
         else:
             self.denoiser.delete_adapters(adapter_name)
+
+    # Several adapters on one foundation, under the names that diffusers' pipelines have for it
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float | None] | None = None
+    ) -> None:
+        """Switch to one adapter, or blend several: the weights of each adapted layer are `W + sum_i w_i s_i B_i A_i`.
+
+        The weights belong to the pipeline, not to the adapters: `save_lora_weights` writes an adapter as it was
+        trained, and a trainer takes it at weight 1.
+
+        Args:
+            adapter_names: the active adapters; the others have no part in what is computed.
+            adapter_weights: `w_i`, one for all or one for each; None is 1.
+
+        Raises:
+            ValueError: an unknown name or one that comes twice, no name at all, or weights that are not as many, or not
+                finite.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self.lora_names]
+        if unknown or not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"`adapter_names` must be different names of adapters on this pipeline, which has {self.lora_names}; "
+                f"got {names}."
+            )
+        given = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        weights = [1.0 if weight is None else float(weight) for weight in given]
+        if len(weights) != len(names) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"`adapter_weights` must be one finite number for each of {names}, got {adapter_weights}.")
+        self._refuse_while_fused("change the adapters")
+        self._activate(names)
+        for name, weight in zip(names, weights, strict=True):
+            self._set_weight(name, weight)
+
+    def get_active_adapters(self) -> list[str]:
+        """Names of the adapters that have a part in what is computed."""
+        layers = self._adapted_layers()
+        return list(layers[0].active_adapters) if layers else []
+
+    @property
+    def adapter_weights(self) -> dict[str, float]:
+        """The weight of every adapter, active or not."""
+        weights: dict[str, float] = {}
+        for layer in self._adapted_layers():
+            weights.update({name: scaling / _trained_scaling(layer, name) for name, scaling in layer.scaling.items()})
+        return weights
+
+    def fuse_lora(self, adapter_names: Sequence[str] | None = None, lora_scale: float = 1.0) -> None:
+        """Add adapters to the foundation's weights, for speed: without adapters beside them layers cost what they did.
+
+        Until `unfuse_lora`, which brings back the very weights of before, adapters can be neither added nor removed,
+        switched off, reweighted nor trained. A copy of the adapted layers' weights is kept for that.
+
+        Args:
+            adapter_names: which to fuse; the active ones by default. What is not fused has no part.
+            lora_scale: factor on all their weights.
+
+        Raises:
+            ValueError: there is nothing to fuse, an unknown name, adapters that are fused already, or a scale or result
+                that is not finite.
+        """
+        names = self.get_active_adapters() if adapter_names is None else list(adapter_names)
+        unknown = [name for name in names if name not in self.lora_names]
+        if unknown or not names:
+            raise ValueError(f"`adapter_names` must be among the adapters {self.lora_names}; got {names}.")
+        if not math.isfinite(lora_scale):
+            raise ValueError(f"`lora_scale` must be finite, got {lora_scale}.")
+        self._refuse_while_fused("fuse again")
+        prefixes = [name for name, module in self.denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+        state = self.denoiser.state_dict()
+        kept = {name: state[name].clone() for name in state if name.rpartition(".base_layer.")[0] in prefixes}
+        self.denoiser._weights_before_fusing = kept
+        try:
+            for layer in self._adapted_layers():
+                _merge(layer, names, lora_scale)
+        except ValueError as error:
+            self.unfuse_lora()
+            raise ValueError(f"The adapters {names} cannot be fused: {error}") from error
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`, bit for bit.
+
+        Raises:
+            ValueError: nothing is fused.
+        """
+        kept = self._weights_before_fusing()
+        if not kept:
+            raise ValueError("No adapter is fused: there is nothing to undo.")
+        state = self.denoiser.state_dict()
+        for name, tensor in kept.items():
+            state[name].copy_(tensor)
+        for layer in self._adapted_layers():
+            layer.merged_adapters.clear()
+        del self.denoiser._weights_before_fusing
+
+    def _weights_before_fusing(self) -> dict[str, Tensor]:
+        """By their names in the denoiser's state; empty while nothing is fused."""
+        return vars(self.denoiser).get("_weights_before_fusing", {})
+
+    def _refuse_while_fused(self, what: str) -> None:
+        if self._weights_before_fusing():
+            raise ValueError(f"The adapters are fused: call `unfuse_lora()` before you {what}.")
+
+    def _adapted_layers(self) -> list[Any]:
+        return [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+    def _activate(self, names: Sequence[str]) -> None:
+        for layer in self._adapted_layers():
+            layer.set_adapter(list(names))
+
+    def _set_weight(self, name: str, weight: float) -> None:
+        for layer in self._adapted_layers():
+            layer.set_scale(name, weight)
+
+
+def _trained_scaling(layer: Any, name: str) -> float:
+    """`alpha / r` of an adapter in a layer, or rsLoRA's `alpha / sqrt(r)`."""
+    rank = layer.r[name]
+    return layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name, False) else rank)
+
+
+def _merge(layer: Any, names: Sequence[str], lora_scale: float) -> None:
+    scaling = dict(layer.scaling)
+    try:
+        layer.scaling.update({name: lora_scale * scale for name, scale in scaling.items()})
+        layer.merge(safe_merge=True, adapter_names=list(names))
+    finally:
+        layer.scaling.update(scaling)
 
 
 class ControlPipeline(AdaptableController, DiffusionPipeline):

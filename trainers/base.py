@@ -38,6 +38,7 @@ from dmc_hub.trainers.loop import (
     MicroSteps,
     ProgressBar,
     StepEnd,
+    activate_alone,
     adapter_to_train,
     freeze_all_but,
     hash_seed,
@@ -217,8 +218,7 @@ class DiffusionTrainer(Trainer, ABC):
         adapter = adapter_to_train(module)
         if adapter is None:
             return list(module.parameters())
-        module.set_adapter(adapter)  # sets requires_grad on this adapter's parameters only
-        module.enable_adapters()
+        activate_alone(module, adapter)
         return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def extra_state(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -94,6 +95,21 @@ def adapter_to_train(module: nn.Module) -> str | None:
     if len(names) > 1:
         raise ValueError(f"The model has the adapters {names}: name the one to train 'default', or delete the others.")
     return names[0] if names else None
+
+
+def activate_alone(module: Any, adapter: str) -> None:
+    """Make an adapter the only active one, at weight 1, and its parameters the only ones with gradients.
+
+    Raises:
+        ValueError: adapters are fused into the weights that should stay as they are.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("The adapters are fused: call `unfuse_lora()` before training.")
+    module.set_adapter(adapter)
+    module.enable_adapters()
+    for layer in layers:
+        layer.set_scale(adapter, 1.0)
 
 
 def freeze_all_but(
