@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -279,13 +280,18 @@ def fetch(
 
     try:
         with _patience():
-            local_files_only = local_files_only or constants.HF_HUB_OFFLINE
-            commit = revision if local_files_only else _head_to_fetch(repo_id, revision, token)
-            path = download(MANIFEST_NAME, commit, force_download)
+            if not local_files_only and not constants.HF_HUB_OFFLINE:
+                _check_manifest_is_there(repo_id, revision, token)
+            path = download(MANIFEST_NAME, revision, force_download)
             manifest, commit = _trusted_manifest(path, repo_id), path.parent.name
             for name, record in manifest.files.items():
                 if wanted(name) and checkpoint.record_of(download(name, commit, force_download)) != record:
                     _check_second(download(name, commit, True), name, record, repo_id)
+    except LocalEntryNotFoundError as error:
+        raise HubError(
+            f"`{repo_id}`{_at(revision)} was not downloaded before, and the Hub cannot be reached or must not be "
+            "asked (HF_HUB_OFFLINE, `local_files_only`)."
+        ) from error
     except EntryNotFoundError as error:
         raise HubError(f"`{repo_id}`{_at(revision)} lacks a file: {_first_line(error)}") from error
     except (CheckpointError, HubError):
@@ -295,13 +301,13 @@ def fetch(
     return Snapshot(path.parent, manifest, commit)
 
 
-def _head_to_fetch(repo_id: str, revision: str | None, token: str | None) -> str | None:
-    """The commit that `revision` is now; `revision` itself where the Hub does not answer."""
+def _check_manifest_is_there(repo_id: str, revision: str | None, token: str | None) -> None:
+    """Before anything is downloaded; a Hub that does not answer is left to the download, which can use the cache."""
     try:
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     except Exception as error:
         if _may_pass(error):
-            return revision  # the cache may still have it; if not, the download fails with its own message
+            return
         raise
     sizes = {file.rfilename: file.size for file in info.siblings or []}
     if MANIFEST_NAME not in sizes:
@@ -311,7 +317,6 @@ def _head_to_fetch(repo_id: str, revision: str | None, token: str | None) -> str
         )
     if (sizes[MANIFEST_NAME] or 0) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"`{repo_id}` has a {MANIFEST_NAME} of {sizes[MANIFEST_NAME]} bytes: it is not read.")
-    return info.sha
 
 
 def _trusted_manifest(path: Path, repo_id: str) -> Manifest:

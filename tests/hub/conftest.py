@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -113,5 +115,29 @@ def act() -> Callable[[Any], np.ndarray]:
     def run(pipeline: Any) -> np.ndarray:
         observations = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
         return pipeline(observations, num_candidates=4, generator=0).trajectories
+
+    return run
+
+
+@pytest.fixture
+def shell(hub: Any, tmp_path: Path) -> Callable[..., str]:
+    """`shell(code, *arguments, **variables)`: what a new process with an endpoint, a token and an empty cache prints."""
+    ours = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "hf_write",
+        "HF_HOME": str(tmp_path / "empty"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+
+    def run(code: str, *arguments: str, **variables: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        env = {**theirs, **ours, **variables}
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
 
     return run
