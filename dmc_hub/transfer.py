@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import (
@@ -34,6 +34,7 @@ from dmc_hub import checkpoint
 from dmc_hub.checkpoint import MANIFEST_NAME, CheckpointError, FileRecord, Manifest
 from dmc_hub.version import __version__
 
+_T = TypeVar("_T")
 NUM_TRIES = 5
 REQUEST_SECONDS = 120.0
 """How long a request may go without a byte; huggingface_hub itself waits for ever."""
@@ -101,7 +102,7 @@ def check_access(repo_id: str, token: str | None = None) -> None:
     """
     _check_repo_id(repo_id)
     try:
-        with _patience():
+        with _limited_waiting():
             user = HfApi(token=token).whoami()
     except LocalTokenNotFoundError as error:
         raise HubError(f"Pushing to `{repo_id}` needs a token: `hf auth login`, or set HF_TOKEN.") from error
@@ -143,20 +144,14 @@ def push(
     """
     _check_repo_id(repo_id)
     files = bundle.with_manifest()
-    api, opened = HfApi(token=token), False
-    with _patience():
-        for attempt in range(NUM_TRIES):
-            try:
-                if not opened:
-                    _open(api, repo_id, private, revision)
-                opened = True
-                return _commit_difference(api, repo_id, files, message, revision)
-            except Exception as error:
-                if not _may_pass(error):
-                    raise _explained(error, f"`{repo_id}` was not changed") from error
-                last = error
-            time.sleep(min(2.0**attempt, 30.0))
-    raise _explained(last, f"`{repo_id}` did not take the commit in {NUM_TRIES} tries") from last
+    api = HfApi(token=token)
+    try:
+        with _limited_waiting():
+            _repeated(lambda: _open(api, repo_id, private, revision))
+            return _repeated(lambda: _commit_difference(api, repo_id, files, message, revision))
+    except Exception as error:
+        tried = f"did not take the commit in {NUM_TRIES} tries" if _may_pass(error) else "was not changed"
+        raise _explained(error, f"`{repo_id}` {tried}") from error
 
 
 def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> None:
@@ -267,19 +262,21 @@ def fetch(
     _check_repo_id(repo_id)
 
     def download(name: str, commit: str | None, force: bool) -> Path:
-        path = hf_hub_download(
-            repo_id,
-            name,
-            revision=commit,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            force_download=force,
+        path = _repeated(
+            lambda: hf_hub_download(
+                repo_id,
+                name,
+                revision=commit,
+                token=token,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+                force_download=force,
+            )
         )
         return Path(path)
 
     try:
-        with _patience():
+        with _limited_waiting():
             if not local_files_only and not constants.HF_HUB_OFFLINE:
                 _check_manifest_is_there(repo_id, revision, token)
             path = download(MANIFEST_NAME, revision, force_download)
@@ -348,7 +345,7 @@ def unlisted_files(repo_id: str, snapshot: Snapshot, token: str | None = None) -
         HubError: the repo cannot be read.
     """
     try:
-        with _patience():
+        with _limited_waiting():
             names = HfApi(token=token).list_repo_files(repo_id, revision=snapshot.revision)
     except Exception as error:
         raise _explained(error, f"`{repo_id}` cannot be read") from error
@@ -367,7 +364,7 @@ def repo_id_of(name_or_path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
+def _limited_waiting() -> Iterator[None]:
     """Let no request of huggingface_hub wait longer than `REQUEST_SECONDS` for the next byte."""
     session = get_session()
     before = session.timeout
@@ -376,6 +373,18 @@ def _patience() -> Iterator[None]:
         yield
     finally:
         session.timeout = before
+
+
+def _repeated(call: Callable[[], _T]) -> _T:
+    """The result of a call that may be repeated, after at most `NUM_TRIES` tries."""
+    for attempt in range(NUM_TRIES - 1):
+        try:
+            return call()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+        time.sleep(min(2.0**attempt, 30.0))
+    return call()
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -121,7 +121,7 @@ def act() -> Callable[[Any], np.ndarray]:
 
 @pytest.fixture
 def shell(hub: Any, tmp_path: Path) -> Callable[..., str]:
-    """`shell(code, *arguments, **variables)`: what a new process with an endpoint, a token and an empty cache prints."""
+    """`shell(code, *arguments, **variables)`: what a new process with an empty cache prints."""
     ours = {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": "hf_write",

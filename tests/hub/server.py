@@ -126,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
     ROUTES = {
         "whoami": r"GET /api/whoami-v2",
         "create": r"POST /api/repos/create",
