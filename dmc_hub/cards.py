@@ -21,7 +21,7 @@ PICTURES = {
     "returns.png": "Returns before and after alignment",
 }
 MAX_REPORT_BYTES = 16 << 20
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#|!~&])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#|!~])")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _REPORT_TYPES: dict[str, Any] = {
     "task": str,
@@ -187,7 +187,8 @@ def one_line(text: str) -> str:
 def _escaped(value: Any) -> Any:
     if isinstance(value, Verbatim) or not isinstance(value, str):
         return value
-    return _SPECIAL.sub(r"\\\1", one_line(value)).replace("://", r"\://")
+    text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\1", text).replace("://", r"\://")
 
 
 def _constant(text: str) -> Verbatim:
