@@ -74,13 +74,16 @@ def test_a_passing_fault_ends_in_one_commit(
     assert landed == hub.repos["alice/x"].branches["main"]
 
 
-def test_a_commit_of_someone_else_in_between_is_kept(hub: Any, hasty: list[float]) -> None:
+def test_a_commit_of_someone_else_in_between_is_noticed(hub: Any, hasty: list[float]) -> None:
+    """They change a file that ours had not meant to touch: nothing lands that mixes the two."""
     transfer.push(bundle(0), "alice/x", message="first")
-    hub.fail("commit", meanwhile=lambda: hub.replace("alice/x", **{"notes.md": b"mine", "config.json": b"{}"}))
-    transfer.push(bundle(1), "alice/x", message="ours")
+    theirs = {"notes.md": b"mine", "sub/weights.safetensors": b"other"}
+    hub.fail("commit", meanwhile=lambda: hub.replace("alice/x", **theirs))
+    ours = Bundle({**bundle(0).files, "config.json": b"{}"})
+    transfer.push(ours, "alice/x", message="ours")
     files = hub.files("alice/x")
     assert files.pop("notes.md") == b"mine"
-    assert_holds(hub, "alice/x", bundle(1))
+    assert_holds(hub, "alice/x", ours)
     assert [commit.message for commit in hub.repos["alice/x"].commits[-2:]] == ["someone else", "ours"]
 
 
