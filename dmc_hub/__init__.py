@@ -7,6 +7,8 @@ environment `dmc_hub/Nav1D-v0` with gymnasium.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dmc_hub.version import __version__
+
 if TYPE_CHECKING:
     from dmc_hub.agent import Agent
     from dmc_hub.data.episodes import Episodes
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from dmc_hub.trainers.online import OnlineConfig
     from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
     from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "ActionTransformer",

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from dmc_hub import checkpoint, plots
+from dmc_hub.cards import results_card
 from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.recipes import OnlineSettings, RunSettings, align_task, finished_report, run_environment, shared_foundation
-from dmc_hub.report import render
 
-NUM_STAGES = 6
+NUM_STAGES = 3
 VARIANTS = (
     "rl",
     "dpo",
@@ -196,7 +196,7 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_sca
         "|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
     ]
-    card = {
+    card: dict[str, Any] = {
         "title": "Nav1D: what each alignment method adds",
         "introduction": f"Every variant aligns the same foundations on {task}, {len(rows[0]['seeds'])} training "
         f"seed(s), {num_episodes} evaluation episodes each, for at most {NUM_STAGES} stages (`joint`: two, each as "
@@ -212,7 +212,7 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_sca
         ],
         "picture": "nav1d-ablation.png",
     }
-    checkpoint.write_text(output_dir / "nav1d-ablation.md", render("results.md.jinja", {**card, **run_environment()}))
+    checkpoint.write_text(output_dir / "nav1d-ablation.md", results_card(**card, **run_environment()))
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -22,14 +22,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata as package_metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from dmc_hub.version import __version__
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -103,9 +104,9 @@ def commit_stage(stage: Path, folder: str | os.PathLike[str], metadata: Mapping[
     name."""
     folder = Path(folder).absolute()
     paths = sorted(path for path in stage.rglob("*") if path.is_file())
-    files = {path.relative_to(stage).as_posix(): _record(path) for path in paths}
-    manifest = Manifest(_library_version(), files, dict(metadata or {}))
-    (stage / MANIFEST_NAME).write_text(_manifest_text(manifest), encoding="utf-8")
+    files = {path.relative_to(stage).as_posix(): record_of(path) for path in paths}
+    manifest = Manifest(__version__, files, dict(metadata or {}))
+    (stage / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
     for path in [*paths, stage / MANIFEST_NAME, *(p for p in stage.rglob("*") if p.is_dir()), stage]:
         _flush(path)
     old = _hidden(folder, "old") if folder.exists() else None
@@ -173,22 +174,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _library_version() -> str:
-    try:
-        return package_metadata.version("dmc_hub")
-    except package_metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file that is either the old one or the new one, whole, whenever the process dies."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 # ---- Verifying ---------------------------------------------------------------------------------------------
 
 
@@ -208,7 +193,7 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
         if size != expected.size:
             what = "truncated" if size < expected.size else "longer than it was written"
             raise CheckpointError(f"`{path}` is {what}: {size} bytes instead of {expected.size}. {_REMEDY}")
-        if _record(path) != expected:
+        if record_of(path) != expected:
             raise CheckpointError(f"`{path}` was changed: its sha256 is not the one in the manifest. {_REMEDY}")
     return manifest
 
@@ -235,7 +220,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             )
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         manifest = Manifest(content["library_version"], files, dict(content["metadata"]))
-        intact = text == _manifest_text(manifest)
+        intact = text == manifest_text(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -245,9 +230,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not intact:
         raise CheckpointError(f"`{path}` was changed after it was written. {_REMEDY}")
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not _is_below(name):
             raise CheckpointError(f"`{path}` names a file outside its folder: {name!r}. Do not use this checkpoint.")
     return manifest
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name in a manifest stays inside the folder, whatever the operating system that reads it."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts and not set(name) & set("\\:\0")
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -301,7 +292,8 @@ def prune(output_dir: str | os.PathLike[str], keep: int, protect: Iterable[Path]
     return doomed
 
 
-def _record(path: Path) -> FileRecord:
+def record_of(path: Path) -> FileRecord:
+    """Size and sha256 of a file, read block by block."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
@@ -311,7 +303,7 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _manifest_text(manifest: Manifest) -> str:
+def manifest_text(manifest: Manifest) -> str:
     """The one text a manifest can have; its last key, a checksum of the others, makes any change of it
     visible."""
     content: dict[str, Any] = {
@@ -360,6 +352,15 @@ def check_same_tensors(path: Path, loaded: Mapping[str, torch.Tensor], expected:
         got = tuple(loaded[name].shape)
         if got != tuple(tensor.shape):
             raise CheckpointError(f"`{path}`: {name} has shape {got}, the model's has {tuple(tensor.shape)}.")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file that is either the old one or the new one, whole, whenever the process dies."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def save_json(path: Path, content: Any) -> None:

@@ -109,6 +109,28 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "dmc-hub train-cascade --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/cascade",
         ),
     },
+    "Share": {
+        "push": Command(
+            "dmc_hub.commands:push",
+            "push a run, a pipeline or an adapter to the Hub, with its card",
+            "dmc-hub push --folder runs/nav1d-full --repo-id user/nav1d-planner",
+        ),
+        "pull": Command(
+            "dmc_hub.commands:pull_repo",
+            "copy a pipeline or an adapter from the Hub, every file verified",
+            "dmc-hub pull --repo-id user/nav1d-planner --output-dir runs/nav1d-planner",
+        ),
+        "card": Command(
+            "dmc_hub.commands:card",
+            "write the model card that a run's report gives",
+            "dmc-hub card --run runs/nav1d-full --kind pipeline",
+        ),
+        "info": Command(
+            "dmc_hub.commands:info",
+            "what a repo or folder is, its task, base and results, and whether it is safe to load",
+            "dmc-hub info --source user/nav1d-planner-lora",
+        ),
+    },
     "Measure": {
         "evaluate": Command(
             "dmc_hub.commands:evaluate",

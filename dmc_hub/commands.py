@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dmc_hub import ablation, checkpoint, reproduction
+from dmc_hub import ablation, cards, checkpoint, portable, reproduction, transfer
 from dmc_hub.data import Episodes
-from dmc_hub.hub import load_pipeline, verify_if_possible
+from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import PRESETS, SAMPLERS
+from dmc_hub.publish import publish
 from dmc_hub.recipes import (
     EVALUATION_SEED,
     OnlineSettings,
@@ -20,7 +21,7 @@ from dmc_hub.recipes import (
     align_task,
     evaluate_on_task,
 )
-from dmc_hub.tasks import get_task
+from dmc_hub.tasks import describe_task, get_task
 from dmc_hub.trainers.alignment import METHODS, AlignmentConfig
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
@@ -84,7 +85,8 @@ class AlignArguments:
         default=1.0, metadata={"help": "Factor on all numbers of training steps; 0.05 gives a quick look."}
     )
     foundation: str | None = field(
-        default=None, metadata={"help": "Folder of a trained pipeline with its critic; by default one is trained."}
+        default=None,
+        metadata={"help": "Folder or repo of a trained pipeline with its critic; by default one is trained."},
     )
     num_online_episodes: int = field(
         default=0,
@@ -106,6 +108,16 @@ class AlignArguments:
         default=60.0, metadata={"help": "Seconds for a step, after which a worker is restarted."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of data, networks and training."})
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={
+            "help": "Repo `user/name` that the pipeline goes to in the end, and the adapter to `user/name-lora`; "
+            "whether it may be written is found out before training starts."
+        },
+    )
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether new repos are private; as the account has it by default."}
+    )
 
     def online(self) -> OnlineSettings | None:
         """What is collected between the stages, or None."""
@@ -198,7 +210,7 @@ class StageArguments:
     """Arguments of the commands that run one alignment method."""
 
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
-    pipeline: str = field(metadata={"help": "Folder of the foundation pipeline, with its critic."})
+    pipeline: str = field(metadata={"help": "Folder or repo of the foundation pipeline, with its critic."})
     adapter: str | None = field(default=None, metadata={"help": "Adapter to continue; a new one by default."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of a new adapter."})
 
@@ -208,7 +220,7 @@ class CascadeArguments:
     """Arguments of `dmc-hub train-cascade`."""
 
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
-    pipeline: str = field(metadata={"help": "Folder of the pipeline, with its critic."})
+    pipeline: str = field(metadata={"help": "Folder or repo of the pipeline, with its critic."})
     adapter: str | None = field(
         default=None, metadata={"help": "Adapter of the controller whose samples are up-sampled; none by default."}
     )
@@ -219,8 +231,8 @@ class EvaluateArguments:
     """Arguments of `dmc-hub evaluate`."""
 
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
-    pipeline: str = field(metadata={"help": "Folder of the pipeline."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter."})
+    pipeline: str = field(metadata={"help": "Folder or repo of the pipeline."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or repo of an adapter."})
     num_candidates: int = field(default=16, metadata={"help": "Candidates per decision."})
     action_selection: Literal["greedy", "expectation", "softmax"] = field(
         default="greedy", metadata={"help": "How one action is chosen among the candidates."}
@@ -230,6 +242,51 @@ class EvaluateArguments:
     num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
     first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
+
+
+@dataclass(kw_only=True)
+class PushArguments:
+    """Arguments of `dmc-hub push`."""
+
+    folder: str = field(metadata={"help": "A run, a saved pipeline or an adapter."})
+    repo_id: str = field(metadata={"help": "Repo `user/name`; of a run it is the pipeline's."})
+    adapter_repo_id: str | None = field(
+        default=None, metadata={"help": "Repo of a run's adapter; that of the pipeline and `-lora` by default."}
+    )
+    base_model: str | None = field(default=None, metadata={"help": "Repo of the pipeline that an adapter fits."})
+    base_revision: str | None = field(default=None, metadata={"help": "Commit of that repo."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether new repos are private; as the account has it by default."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; main by default."})
+
+
+@dataclass(kw_only=True)
+class PullArguments:
+    """Arguments of `dmc-hub pull`."""
+
+    repo_id: str = field(metadata={"help": "Repo `user/name` of a pipeline or an adapter."})
+    output_dir: str = field(metadata={"help": "New folder for its files."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit; main by default."})
+
+
+@dataclass(kw_only=True)
+class CardArguments:
+    """Arguments of `dmc-hub card`."""
+
+    run: str = field(metadata={"help": "Folder of the run whose report.json the card is computed from."})
+    kind: Literal["adapter", "pipeline"] = field(default="adapter", metadata={"help": "Whose card."})
+    repo_id: str | None = field(default=None, metadata={"help": "Repo that it is for; the run's folders by default."})
+    base_model: str | None = field(default=None, metadata={"help": "Repo of the pipeline that the adapter fits."})
+    output: str | None = field(default=None, metadata={"help": "File to write; by default the card is printed."})
+
+
+@dataclass(kw_only=True)
+class InfoArguments:
+    """Arguments of `dmc-hub info`."""
+
+    source: str = field(metadata={"help": "Repo `user/name`, or folder, of a pipeline or an adapter."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit; main by default."})
 
 
 @dataclass(kw_only=True)
@@ -265,11 +322,70 @@ class AblateAlignmentArguments:
 def align(arguments: AlignArguments) -> None:
     """Data, foundation, critic, alignment, evaluation, report."""
     settings = arguments.settings()
+    if arguments.push_to_hub is not None:
+        for repo_id in (arguments.push_to_hub, f"{arguments.push_to_hub}-lora"):
+            transfer.check_access(repo_id)
     report = align_task(settings, Path(arguments.output_dir), command=_command(arguments))
     print(
         f"{report['task']} {report['controller']}: return {report['return_before']:.2f} ± {report['std_before']:.2f} → "
         f"{report['return_after']:.2f} ± {report['std_after']:.2f}; see {Path(arguments.output_dir) / 'report.md'}"
     )
+    if arguments.push_to_hub is not None:
+        _publish(arguments.output_dir, arguments.push_to_hub, private=arguments.private)
+
+
+def push(arguments: PushArguments) -> None:
+    """Push a run, a pipeline or an adapter."""
+    options = vars(arguments).copy()
+    _publish(options.pop("folder"), options.pop("repo_id"), **options)
+
+
+def pull_repo(arguments: PullArguments) -> None:
+    """Copy a repo into a folder."""
+    snapshot = pull(arguments.repo_id, arguments.output_dir, revision=arguments.revision)
+    print(f"{arguments.repo_id} at {snapshot.revision[:12]}: {len(snapshot.manifest.files)} files, all as listed")
+
+
+def card(arguments: CardArguments) -> None:
+    """Write the card of a run's adapter or pipeline."""
+    run = Path(arguments.run)
+    if not (run / cards.REPORT_NAME).is_file():
+        raise FileNotFoundError(f"`run` {run} has no {cards.REPORT_NAME}.")
+    report = cards.read_report(run / cards.REPORT_NAME)
+    pictures = [name for name in cards.PICTURES if (run / name).is_file()]
+    if arguments.kind == "adapter":
+        text = cards.adapter_card(report, repo_id=arguments.repo_id, base_model=arguments.base_model, pictures=pictures)
+    else:
+        index = portable.read_index(run / "pipeline")
+        text = cards.pipeline_card(
+            report,
+            class_name=portable.installed_class(index),
+            facts=portable.task_of(index) or {},
+            repo_id=arguments.repo_id,
+            pictures=pictures,
+        )
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        checkpoint.write_text(Path(arguments.output), text)
+
+
+def info(arguments: InfoArguments) -> None:
+    """Say what a repo or folder is, and whether it is safe to load."""
+    found = describe(arguments.source, revision=arguments.revision)
+    lines = {"kind": found.kind, **found.facts, **found.results}
+    lines["safe to load"] = "no" if found.doubts else "yes: no code of it runs, and no file is unpickled"
+    print(cards.one_line(found.source))
+    for name, value in lines.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        print(f"  {cards.one_line(name)}: {cards.one_line(text)}")
+    if found.doubts:
+        raise ValueError(" ".join(found.doubts))
+
+
+def _publish(folder: str, repo_id: str, **options: Any) -> None:
+    for published in publish(folder, repo_id, **options):
+        print(f"pushed {published.repo_id} at {published.revision[:12]}")
 
 
 def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
@@ -304,6 +420,9 @@ def ablate_alignment(arguments: AblateAlignmentArguments) -> None:
 def _command(arguments: AlignArguments) -> str:
     """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
     options = {**vars(arguments), "output_dir": f"runs/{arguments.task}-{arguments.controller}"}
+    options |= {"push_to_hub": None, "private": None}
+    if arguments.foundation is not None and Path(arguments.foundation).is_absolute():
+        options["foundation"] = Path(arguments.foundation).name
     defaults = {option.name: option.default for option in fields(AlignArguments)}
     words = ["dmc-hub align"]
     for name, value in options.items():
@@ -422,16 +541,16 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
 
 
 def _save_pipeline(pipeline: Any, folder: Path, facts: dict[str, Any]) -> None:
+    pipeline.describe_task(**describe_task(get_task(facts["task"])))
     with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)
     _say(f"saved {folder}")
 
 
 def _load(pipeline: str, adapter: str | None) -> Any:
-    """The pipeline, with the adapter if there is one, after both have been compared with their manifests."""
+    """The pipeline, with the adapter if there is one."""
     loaded = load_pipeline(pipeline)
     if adapter is not None:
-        verify_if_possible(adapter)
         loaded.load_lora_weights(adapter)
     return loaded
 

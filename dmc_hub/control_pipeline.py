@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dmc_hub import cards, checkpoint, portable, transfer
+
 # diffusers loads the components of a saved pipeline from modules that are already imported only.
 from dmc_hub import scheduler as _scheduler  # noqa: F401
 from dmc_hub.models import (  # noqa: F401
@@ -32,10 +36,8 @@ from dmc_hub.models import (  # noqa: F401
     normalizer,
     temporal_unet,
 )
+from dmc_hub.publish import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFUSERS_ADAPTER_WEIGHTS, Published, publish
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-DIFFUSERS_ADAPTER_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _SCALING_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules")
@@ -52,6 +54,7 @@ class AdaptableController:
     normalizer: Any
     scheduler: Any
     components: Any
+    config: Any
 
     @property
     def lora_names(self) -> list[str]:
@@ -135,6 +138,8 @@ class AdaptableController:
         state = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         settings, prefix = _json_ready(config.to_dict()), self.adapted_component
+        settings["base_model_name_or_path"] = self.config.get("_hub_repo")
+        settings["revision"] = self.config.get("_hub_revision")
         metadata = {
             "format": "pt",
             "base_fingerprint": self.base_fingerprint(),
@@ -147,33 +152,57 @@ class AdaptableController:
         os.replace(temporary, folder / ADAPTER_CONFIG)
 
     def load_lora_weights(
-        self, folder: str | os.PathLike[str], *, adapter_name: str = "default", hotswap: bool = False
+        self,
+        name_or_path: str | os.PathLike[str],
+        *,
+        adapter_name: str = "default",
+        hotswap: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> None:
-        """Load an adapter saved by `save_lora_weights`, and make it the active one.
+        """Load an adapter saved by `save_lora_weights` or pushed to the Hub, and make it the active one.
+
+        Where there is a manifest, every file is compared with it first; a repo must have one.
 
         Args:
-            folder: of the adapter.
+            name_or_path: folder, or repo on the Hub.
             adapter_name: must be new, or with `hotswap` that of a loaded adapter.
             hotswap: put the adapter in the place of the loaded one, of whatever rank: which adapters are active, and
                 with which weights, stays as it is.
+            revision: branch, tag or commit of the repo; likewise `token`, `cache_dir` and `local_files_only`.
 
         Raises:
             FileNotFoundError: the folder holds no adapter.
+            HubError: the repo cannot be read.
             ValueError: the adapter was trained on another base, or its weights are damaged or do not fit. The pipeline
                 is unchanged then.
         """
-        folder = Path(folder)
+        if Path(name_or_path).is_dir():
+            folder = Path(name_or_path)
+            if (folder / checkpoint.MANIFEST_NAME).is_file():
+                checkpoint.verify(folder)
+        else:
+            folder = transfer.fetch(
+                transfer.repo_id_of(name_or_path),
+                wanted=lambda name: name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            ).folder
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"`{folder}` is not an adapter folder: it has no file {name}.")
+                raise FileNotFoundError(f"`{name_or_path}` is not an adapter: it has no file {name}.")
         config = _read_adapter_config(folder / ADAPTER_CONFIG)
         state, metadata = _read_adapter_weights(folder / ADAPTER_WEIGHTS)
         _check_same_settings(config, metadata, folder)
         expected, found = self.base_fingerprint(), metadata.get("base_fingerprint")
         if found != expected:
             raise ValueError(
-                f"The adapter in `{folder}` was trained on another base: it names fingerprint {str(found)[:12]}, this "
-                f"pipeline is {expected[:12]}. Load the pipeline it was saved beside."
+                f"The adapter in `{name_or_path}` was trained on another base: on {_named(config, found)}; this "
+                f"pipeline is {self._own_name(expected)}. Load the pipeline that the adapter was saved beside."
             )
         if hotswap:
             self._swap_adapter(config, state, adapter_name, folder)
@@ -212,6 +241,55 @@ class AdaptableController:
             for name, weight in weights.items():
                 self._set_weight(name, weight)
             self._activate(active)
+
+    def _own_name(self, fingerprint: str) -> str:
+        source = self.config.get("_hub_repo") or self.config.get("_name_or_path") or type(self).__name__
+        return f"`{source}` with the fingerprint {fingerprint[:12]}"
+
+    def push_lora_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapter_name: str = "default",
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        report: str | os.PathLike[str] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> Published:
+        """Push one adapter, readable by peft and by diffusers, with a card that names its base.
+
+        Args:
+            repo_id: `user/name`; created if it is not there.
+            adapter_name: which one.
+            base_model: repo of this pipeline; by default the one that it was loaded from or pushed to.
+            base_revision: commit of that repo.
+            report: folder of the run whose report.json the card's figures come from.
+            private: visibility of a new repo.
+            revision: branch to push to.
+            token: by default the one that is logged in.
+            commit_message: of the commit.
+
+        Raises:
+            ValueError: there is no such adapter.
+            HubError: the push failed. The adapter is kept in a folder, and the message ends with the command that
+                pushes it.
+        """
+        with _outbox(report) as outbox:
+            self.save_lora_weights(outbox / "adapter", adapter_name=adapter_name)
+            (published,) = publish(
+                outbox / "adapter",
+                repo_id,
+                base_model=base_model,
+                base_revision=base_revision,
+                private=private,
+                revision=revision,
+                token=token,
+                message=commit_message,
+            )
+        return published
 
     def _fill_adapter(self, state: dict[str, Tensor], adapter_name: str, folder: Path) -> None:
         wanted = get_peft_model_state_dict(self.denoiser, adapter_name=adapter_name)
@@ -378,16 +456,89 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
     """A diffusion pipeline that acts. Adds LoRA handling on the component `denoiser` to diffusers' pipeline."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, and the pipeline computes bit for bit what the saved one did."""
-        pipeline = super().from_pretrained(*args, **kwargs)
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                _align(component)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a pipeline from a folder or the Hub; it computes bit for bit what the saved one did.
+
+        Where there is a manifest, every file is compared with it before anything is loaded; a repo must have one. No
+        code of the repo runs: names of its code files stand for the installed modules.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repo on the Hub.
+            revision: branch, tag or commit of the repo.
+            variant: load the weights that were saved under this name.
+            token: by default the one that is logged in.
+            cache_dir: huggingface_hub's by default.
+            local_files_only: use only what was downloaded before.
+            force_download: download even what was downloaded before.
+            trust_remote_code: run the code of components that are neither ours nor a library's.
+            kwargs: diffusers' further arguments, such as `torch_dtype` or a component to use instead.
+
+        Raises:
+            FileNotFoundError: the folder holds no pipeline.
+            HubError: the repo cannot be read.
+            ValueError: it holds another pipeline, one that this version cannot read, or files that were changed.
+        """
+        source, repo = Path(pretrained_model_name_or_path), None
+        if source.is_dir():
+            manifest = checkpoint.verify(source) if (source / checkpoint.MANIFEST_NAME).is_file() else None
+        else:
+            repo = transfer.fetch(
+                transfer.repo_id_of(pretrained_model_name_or_path),
+                wanted=lambda name: portable.is_needed(name, variant, code=trust_remote_code),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            source, manifest = repo.folder, repo.manifest
+        names = [base.__name__ for base in cls.__mro__]
+        index = portable.check_loadable(source, names, trust_remote_code=trust_remote_code)
+        if manifest is not None:
+            portable.check_nothing_added(source, manifest.files)
+        pipeline = super().from_pretrained(
+            source, variant=variant, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
+        )
+        portable.check_weights(source, {n: c for n, c in pipeline.components.items() if n not in kwargs}, variant)
+        pipeline.register_to_config(_task=portable.task_of(index))
+        if repo is not None:
+            pipeline._comes_from(str(pretrained_model_name_or_path), repo.revision)
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers. Refuses while an adapter is attached: diffusers would write a broken checkpoint."""
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """diffusers' way to read the index: here the installed classes take the place of the repo's code."""
+        return portable.installed_names(super()._dict_from_json_file(json_file))
+
+    @property
+    def task_metadata(self) -> dict[str, Any]:
+        """What one must know to act: sizes, horizon, and what `describe_task` said; saved with the pipeline."""
+        return portable.describe(self)
+
+    def describe_task(self, **facts: Any) -> None:
+        """Keep JSON-ready facts on the task (its id, environment, spaces, how to choose actions) with the pipeline."""
+        self.register_to_config(_task={**(self.config.get("_task") or {}), **facts})
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
+    ) -> None:
+        """As in diffusers, as safetensors, with the code that plain diffusers needs to load it.
+
+        Raises:
+            ValueError: an adapter is attached: diffusers would write a broken checkpoint.
+        """
         if self.lora_names:
             raise ValueError(
                 "This pipeline carries a LoRA adapter: save the adapter with `save_lora_weights`, then `unload_lora()` "
@@ -398,7 +549,46 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
                 "The up-sampler carries a LoRA adapter: save it with `upsampler_policy().save_lora_weights`, then "
                 "`upsampler_policy().unload_lora()` and save the pipeline."
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        portable.embed(Path(save_directory), self)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        variant: str | None = None,
+        report: str | os.PathLike[str] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> Published:
+        """Push the pipeline with its code, a card and a manifest.
+
+        Args:
+            repo_id: `user/name`; created if it is not there.
+            variant: save the weights under this name.
+            report: folder of the run whose report.json the card's figures come from.
+            private: visibility of a new repo.
+            revision: branch to push to.
+            token: by default the one that is logged in.
+            commit_message: of the commit.
+
+        Raises:
+            ValueError: an adapter is attached, or a component's code does not travel.
+            HubError: the push failed. The pipeline is kept in a folder, and the message ends with the command that
+                pushes it.
+        """
+        with _outbox(report) as outbox:
+            self.save_pretrained(outbox / "pipeline", variant=variant)
+            (published,) = publish(
+                outbox / "pipeline", repo_id, private=private, revision=revision, token=token, message=commit_message
+            )
+        self._comes_from(published.repo_id, published.revision)
+        return published
+
+    def _comes_from(self, repo_id: str, revision: str) -> None:
+        self.register_to_config(_name_or_path=repo_id, _hub_repo=repo_id, _hub_revision=revision)
 
     def complete_condition(self, condition: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Add what a trainer's condition needs and data do not hold: nothing here, a draft for an `UpsamplerPolicy`."""
@@ -450,11 +640,28 @@ class UpsamplerPolicy(AdaptableController):
         return self.pipeline.sample(condition, **options)
 
 
-def _align(module: nn.Module) -> None:
-    """Copy weights that lie in a mapped file to memory of torch's own: its kernels round by alignment."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
+@contextmanager
+def _outbox(report: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """A folder to push from, laid out as a run's; removed afterwards, unless the push fails."""
+    folder = Path(tempfile.mkdtemp(prefix="dmc_hub-push-"))
+    try:
+        for name in (cards.REPORT_NAME, *cards.PICTURES) if report is not None else ():
+            if name == cards.REPORT_NAME or (Path(report or "") / name).is_file():
+                shutil.copyfile(Path(report or "") / name, folder / name)
+        yield folder
+    except transfer.HubError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(config: LoraConfig, fingerprint: Any) -> str:
+    source = (
+        "a base without a name" if config.base_model_name_or_path is None else f"`{config.base_model_name_or_path}`"
+    )
+    return f"{source} with the fingerprint {str(fingerprint)[:12]}"
 
 
 def _check_leaves_base(config: LoraConfig) -> None:
@@ -502,8 +709,8 @@ def _save_atomically(state: dict[str, Tensor], path: Path, metadata: dict[str, s
 
 def _read_adapter_config(path: Path) -> LoraConfig:
     try:
-        settings = json.loads(path.read_text())
-        if not isinstance(settings, dict) or settings.get("peft_type") not in ("LORA", "PeftType.LORA"):
+        settings = portable.read_json(path)
+        if settings.get("peft_type") not in ("LORA", "PeftType.LORA"):
             raise ValueError("it does not describe a LoRA adapter")
         settings.pop("peft_type")
         return LoraConfig(**settings)
@@ -512,6 +719,7 @@ def _read_adapter_config(path: Path) -> LoraConfig:
 
 
 def _read_adapter_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    portable.read_header(path)  # refuses one that is too long
     try:
         with safe_open(path, framework="pt") as file:
             state = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

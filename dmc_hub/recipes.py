@@ -32,7 +32,7 @@ from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.report import write_report
-from dmc_hub.tasks import Task, get_task
+from dmc_hub.tasks import Task, describe_task, get_task
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
 from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.denoising import DenoisingTrainer
@@ -82,7 +82,7 @@ class RunSettings:
         num_validation_episodes: episodes after each stage.
         num_evaluation_episodes: episodes of the reported figures.
         training_scale: factor on all numbers of training steps; below 1 for a quick look.
-        foundation: folder of a trained pipeline with its critic to start from; None trains one.
+        foundation: folder or repo of a trained pipeline with its critic to start from; None trains one.
         online: what is collected between stages; None aligns on the task's data alone.
     """
 
@@ -299,6 +299,8 @@ def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tupl
         return load_pipeline(folder), manifest.metadata.get("wall_seconds", 0.0)
     start = time.perf_counter()
     pipeline = _given_foundation(settings) if settings.foundation else train_foundation(settings, episodes)
+    acting = {"action_selection": "greedy", "num_candidates": settings.num_candidates}
+    pipeline.describe_task(**describe_task(get_task(settings.task)), **acting)
     facts = {**_facts(settings), "wall_seconds": time.perf_counter() - start}
     with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)

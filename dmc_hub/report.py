@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from huggingface_hub import EvalResult, ModelCardData
 
-from dmc_hub import plots
+from dmc_hub import cards, checkpoint, plots
 
 
 def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.ndarray, paths_after: np.ndarray) -> None:
@@ -35,47 +31,11 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
     plots.plot_return_histogram(
         np.asarray(main["returns_before"]), np.asarray(main["returns_after"]), folder / "returns.png"
     )
-    _write(folder / "report.md", render("report.md.jinja", report))
-    _write(folder / "README.md", render("adapter.md.jinja", {**report, "metadata": card_metadata(report)}))
-    _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
-
-
-def card_metadata(report: Mapping[str, Any]) -> str:
-    """The YAML header of the model card, validated by huggingface_hub's own classes."""
-    data = ModelCardData(
-        library_name="diffusers",
-        license="apache-2.0",
-        pipeline_tag="reinforcement-learning",
-        tags=["dmc_hub", "lora", "diffusion", "offline-rl", report["controller"]],
-        model_name=f"{report['task']}-{report['controller']}",
-        eval_results=[
-            EvalResult(
-                task_type="reinforcement-learning",
-                task_name="Reinforcement learning",
-                dataset_type=report["task"],
-                dataset_name=report["task"],
-                metric_type="mean_reward",
-                metric_name="mean return",
-                metric_value=f"{report['return_after']:.2f} +/- {report['std_after']:.2f}",
-            )
-        ],
-    )
-    return data.to_yaml()
+    checkpoint.write_text(folder / "report.md", cards.render("report.md.jinja", report))
+    checkpoint.write_text(folder / "README.md", cards.adapter_card(report, pictures=list(cards.PICTURES)))
+    checkpoint.write_text(folder / cards.REPORT_NAME, json.dumps(report, indent=2) + "\n")
 
 
 def _label(stage: Mapping[str, Any]) -> str:
     """In brackets on the learning curve: a stage that was rolled back, whose return is that of what was discarded."""
     return f"({stage['name']})" if stage["decision"] == "rolled back" else str(stage["name"])
-
-
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """Fill a template of `dmc_hub/model_cards`; a value that it misses is an error."""
-    source = (resources.files("dmc_hub.model_cards") / template).read_text()
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(source).render(**values)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

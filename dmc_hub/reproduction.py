@@ -13,10 +13,10 @@ import gymnasium
 import numpy as np
 
 from dmc_hub import checkpoint, plots
+from dmc_hub.cards import results_card
 from dmc_hub.envs import NAV1D_ID, nav1d
 from dmc_hub.presets import PRESETS
 from dmc_hub.recipes import RunSettings, align_task, finished_report, run_environment, shared_foundation
-from dmc_hub.report import render
 
 DATASETS = ("partial", "full", "expert")
 PAPER_PLANNERS: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
@@ -219,7 +219,7 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], training_scale: float, 
     results = {"training_scale": training_scale, "episodes": num_episodes, "summary": summary(rows), "cells": rows}
     checkpoint.write_text(output_dir / "nav1d-table.json", json.dumps(results, indent=2) + "\n")
     plots.plot_table(rows, output_dir / "nav1d-table.png", optimum=nav1d.optimal_return())
-    card = {
+    card: dict[str, Any] = {
         "title": "Nav1D: planners and policies before and after alignment",
         "introduction": f"The Nav1D cells of Tables 2 and 3 of arXiv:2502.12198, {len(rows[0]['seeds'])} training "
         f"seed(s), {num_episodes} evaluation episodes each: 16 candidates for planners, 8 for policies, before and "
@@ -230,7 +230,7 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], training_scale: float, 
         "notes": _notes(summary(rows)),
         "picture": "nav1d-table.png",
     }
-    checkpoint.write_text(output_dir / "nav1d-table.md", render("results.md.jinja", {**card, **run_environment()}))
+    checkpoint.write_text(output_dir / "nav1d-table.md", results_card(**card, **run_environment()))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -406,7 +406,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The sample as the network wants to see it: of about unit variance for every schedule."""
-        if isinstance(self.noise_schedule, VarianceExplodingSchedule):
+        if self.config.schedule == "variance_exploding":
             t = self.time(timestep).reshape(-1, *(1,) * (sample.ndim - 1))
             return sample * self.noise_schedule.input_scale(t).to(sample)
         return sample

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
+import gymnasium
 import numpy as np
 
 from dmc_hub.data.nav1d import make_nav1d_dataset, nav1d_behavior
@@ -61,6 +63,29 @@ TASKS: dict[str, Task] = {
         _nav1d_task("expert", "the optimal policy with action noise 0.1"),
     )
 }
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """What goes to the Hub with a pipeline: the task's name, its environment, and the spaces of that, JSON-ready."""
+    env = gymnasium.make(task.env_id)
+    try:
+        spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+        described = {name: _describe_space(space) for name, space in spaces.items()}
+    finally:
+        env.close()
+    return {"task": task.name, "environment": task.env_id, **described}
+
+
+def _describe_space(space: Any) -> dict[str, Any]:
+    def bounds(values: np.ndarray) -> list[float | None]:
+        return [float(value) if np.isfinite(value) else None for value in values.flatten()]
+
+    return {
+        "shape": list(space.shape),
+        "dtype": str(space.dtype),
+        "low": bounds(space.low),
+        "high": bounds(space.high),
+    }
 
 
 def get_task(name: str) -> Task:

@@ -95,7 +95,7 @@ def test_files_outside_the_folder_are_refused(tmp_path: Path) -> None:
     manifest = checkpoint.verify(folder)
     files = {"../secret": next(iter(manifest.files.values()))}
     forged = checkpoint.Manifest(manifest.library_version, files, {})
-    (folder / checkpoint.MANIFEST_NAME).write_text(checkpoint._manifest_text(forged))
+    (folder / checkpoint.MANIFEST_NAME).write_text(checkpoint.manifest_text(forged))
     with pytest.raises(CheckpointError, match="outside its folder"):
         checkpoint.verify(folder)
 

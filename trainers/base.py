@@ -33,7 +33,8 @@ from transformers.trainer_utils import TrainOutput
 
 from dmc_hub import checkpoint
 from dmc_hub.checkpoint import CheckpointError
-from dmc_hub.control_pipeline import ADAPTER_WEIGHTS, PEFT_PREFIX
+from dmc_hub.control_pipeline import PEFT_PREFIX
+from dmc_hub.publish import ADAPTER_WEIGHTS
 from dmc_hub.trainers.loop import (
     MicroSteps,
     ProgressBar,

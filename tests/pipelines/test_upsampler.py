@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmc_hub.agent import Agent
-from dmc_hub.control_pipeline import DIFFUSERS_ADAPTER_WEIGHTS
 from dmc_hub.evaluation import evaluate
 from dmc_hub.models.action_transformer import ActionTransformer
 from dmc_hub.models.conditional_unet import ConditionalUnet1D
@@ -28,6 +27,7 @@ from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
 from dmc_hub.presets import SAMPLERS
+from dmc_hub.publish import DIFFUSERS_ADAPTER_WEIGHTS
 from dmc_hub.scheduler import TransitionScheduler
 from dmc_hub.trainers.cascade import warm_start_upsampler
 
