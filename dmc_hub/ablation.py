@@ -52,9 +52,9 @@ def ablate_alignment(
 ) -> list[dict[str, Any]]:
     """Align one foundation in every way and write nav1d-ablation.{json,png} and a card, nav1d-ablation.md.
 
-    Every variant may run as many stages as two passes of the sequence have, and ends by itself when a pass gains less
-    than one per cent. `rl` is the preset's method of reinforcement learning, `joint` the sum of the three losses
-    (`JointTrainer`), each stage of it as long as a pass. Finished runs are found again; processes that work on
+    Every variant may run as many stages as a pass of the sequence has, and ends by itself when a pass gains less than
+    one per cent. `rl` is the preset's method of reinforcement learning, `joint` the sum of the three losses
+    (`JointTrainer`), its only stage as long as the pass. Finished runs are found again; processes that work on
     different controllers or seeds may share the folder.
 
     Args:
@@ -199,7 +199,7 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_sca
     card: dict[str, Any] = {
         "title": "Nav1D: what each alignment method adds",
         "introduction": f"Every variant aligns the same foundations on {task}, {len(rows[0]['seeds'])} training "
-        f"seed(s), {num_episodes} evaluation episodes each, for at most {NUM_STAGES} stages (`joint`: two, each as "
+        f"seed(s), {num_episodes} evaluation episodes each, for at most {NUM_STAGES} stages (`joint`: one, as "
         "long as a pass of the sequence), and stops by itself when a pass gains less than 1 %. ± is the standard "
         "deviation over episodes, mean over the training seeds.",
         "command": "dmc-hub ablate-alignment --output-dir runs/nav1d-ablation"
