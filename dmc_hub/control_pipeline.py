@@ -508,9 +508,14 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
         index = portable.check_loadable(source, names, trust_remote_code=trust_remote_code)
         if manifest is not None:
             portable.check_nothing_added(source, manifest.files)
-        pipeline = super().from_pretrained(
-            source, variant=variant, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
-        )
+        try:
+            pipeline = super().from_pretrained(
+                source, variant=variant, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError) as error:
+            raise portable.UnreadableRepoError(
+                f"`{pretrained_model_name_or_path}` does not load: {type(error).__name__}: {error}"
+            ) from error
         portable.check_weights(source, {n: c for n, c in pipeline.components.items() if n not in kwargs}, variant)
         pipeline.register_to_config(_task=portable.task_of(index))
         if repo is not None:

@@ -28,6 +28,8 @@ FACTS = "_dmc_hub"
 """Key of the index that holds format, version and task; diffusers skips keys that start with an underscore."""
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
+MAX_SETTING = 1_000_000
+"""Larger numbers in a network's configuration are refused before they are allocated."""
 _PRIVATE = ("_name_or_path", "_hub_repo", "_hub_revision", "_task")
 _STEM = re.compile(r"dmc_hub_(?P<module>\w+)_(?P<hash>[0-9a-f]{8})")
 _WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -302,8 +304,12 @@ def _check_settings(folder: Path, component: Any, index: Mapping[str, Any]) -> N
     path = folder / component.config_name
     if not path.is_file():
         raise UnreadableRepoError(f"`{path}` is missing.")
-    known = set(inspect.signature(component.__init__).parameters)
-    unknown = [name for name in read_json(path) if not name.startswith("_") and name not in known]
+    known, held = set(inspect.signature(component.__init__).parameters), read_json(path)
+    for name, value in held.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not abs(number) <= MAX_SETTING:
+                raise UnreadableRepoError(f"`{path}` has {name}={number}, more than a network of dmc_hub has.")
+    unknown = [name for name in held if not name.startswith("_") and name not in known]
     if unknown:
         raise UnreadableRepoError(
             f"`{path}` has settings that {component.__name__} of dmc_hub {__version__} does not know: "

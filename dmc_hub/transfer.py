@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
@@ -167,7 +168,8 @@ def _commit_difference(
     for _ in range(2):
         head = api.repo_info(repo_id, revision=revision).sha
         assert head is not None
-        remote = {f.path: f for f in api.list_repo_tree(repo_id, recursive=True, revision=head) if hasattr(f, "size")}
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
+        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         added = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
             for name, content in files.items()
@@ -183,7 +185,7 @@ def _commit_difference(
     raise ConnectionError("the repo does not hold what was committed: another push, or a fault of the server")
 
 
-def _files_of_last_bundle(api: HfApi, repo_id: str, head: str, remote: Mapping[str, Any]) -> set[str]:
+def _files_of_last_bundle(api: HfApi, repo_id: str, head: str, remote: Mapping[str, RepoFile]) -> set[str]:
     """What the manifest in the repo lists; nothing if there is none that can be read."""
     if MANIFEST_NAME not in remote or remote[MANIFEST_NAME].size > MAX_MANIFEST_BYTES:
         return set()
@@ -194,7 +196,7 @@ def _files_of_last_bundle(api: HfApi, repo_id: str, head: str, remote: Mapping[s
         return set()
 
 
-def _is_same(remote: Any, content: Path | bytes) -> bool:
+def _is_same(remote: RepoFile, content: Path | bytes) -> bool:
     """Whether the Hub's entry of a file, an LFS pointer or a git blob, is of this content."""
     if remote.lfs is not None:
         record = _record(content)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,7 @@ def hub(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a push that fails leaves what it had
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     disable_progress_bars()

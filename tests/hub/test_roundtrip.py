@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dmc_hub import DiffuserPlannerPipeline, DiffusionPolicyPipeline
 from dmc_hub.hub import load_pipeline
+from dmc_hub.models.dit import DiffusionTransformer1D
 
 
 def test_a_pipeline_and_its_adapter_come_back_bit_for_bit(
@@ -87,6 +88,23 @@ def test_the_class_that_loads_must_be_the_one_that_was_saved(hub: Any, make_plan
         DiffusionPolicyPipeline.from_pretrained("alice/planner")
 
 
+@pytest.mark.parametrize("controller", ["planner", "policy"])
+def test_loaded_weights_lie_where_kernels_round_alike(
+    controller: str, make_planner: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Weights that stay in the mapped file lie at multiples of 8 bytes; torch's own memory is at multiples of 64."""
+    pipeline = make_planner()
+    if controller == "policy":
+        parts = {name: pipeline.components[name] for name in ("scheduler", "normalizer", "critic")}
+        pipeline = DiffusionPolicyPipeline(DiffusionTransformer1D(1, 3, dim=8, num_heads=2, depth=1), **parts)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    assert any(tensor.data_ptr() % 64 for tensor in load_file(path).values())
+    components = load_pipeline(tmp_path / "pipeline").components.values()
+    modules = [component for component in components if isinstance(component, torch.nn.Module)]
+    assert all(t.data_ptr() % 64 == 0 for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
 PLAIN = """
 import sys
 import numpy as np
@@ -103,6 +121,8 @@ pipelines = [DiffusionPipeline.from_pretrained(name, trust_remote_code=True) for
 observations = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
 plans = [p(observations, num_candidates=4, generator=0).trajectories for p in pipelines]
 assert [type(p).__module__.split(".")[0] for p in pipelines] == ["diffusers_modules"] * 2
+modules = [c for p in pipelines for c in p.components.values() if hasattr(c, "parameters")]
+assert all(t.data_ptr() % 64 == 0 for m in modules for t in (*m.parameters(), *m.buffers())), "kernels round by this"
 np.save(out, np.stack(plans))
 """
 

@@ -7,19 +7,26 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
-from dmc_hub import checkpoint, transfer
+from dmc_hub import DiffuserPlannerPipeline, checkpoint, portable, transfer
 from dmc_hub.cli import main
 from dmc_hub.control_pipeline import ControlPipeline
 from dmc_hub.hub import load_pipeline
+from dmc_hub.models.normalizer import Normalizer
+from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.publish import kind_of, publish
+from dmc_hub.scheduler import TransitionScheduler
 from dmc_hub.transfer import Bundle
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -45,6 +52,16 @@ def edit_json(files: dict[str, bytes], name: str, **changed: Any) -> None:
 def index_facts(files: dict[str, bytes], **changed: Any) -> None:
     facts = json.loads(files["model_index.json"])["_dmc_hub"]
     edit_json(files, "model_index.json", _dmc_hub={**facts, **changed})
+
+
+def own_component(files: dict[str, bytes]) -> None:
+    files["denoiser/evil.py"] = b"1 / 0"
+    edit_json(files, "model_index.json", denoiser=["evil", "X"])
+
+
+def component_above(files: dict[str, bytes]) -> None:
+    index = json.loads(files["model_index.json"])
+    files["model_index.json"] = json.dumps({**index, "../denoiser": ["diffusers", "UNet1DModel"]}).encode()
 
 
 def oversized_header() -> bytes:
@@ -91,6 +108,14 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
         lambda f: edit_json(f, "denoiser/config.json", attention="linear"),
         "has settings that TemporalUnet of dmc_hub .* does not know: attention",
     ),
+    "an enormous network": (
+        lambda f: edit_json(f, "denoiser/config.json", dim=10**9),
+        "has dim=1000000000, more than a network of dmc_hub has",
+    ),
+    "a setting of the wrong kind": (
+        lambda f: edit_json(f, "denoiser/config.json", dim="eight"),
+        "`.*` does not load: TypeError",
+    ),
     "a long configuration": (
         lambda f: edit_json(f, "denoiser/config.json", dim_mults=[1] * 600_000),
         "more than a configuration has",
@@ -102,7 +127,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
         r"holds a DiffuserPlannerPipeline of the repo's own evil\.py",
     ),
     "code of its own as a component": (
-        lambda f: (f.update({"denoiser/evil.py": b"1 / 0"}), edit_json(f, "model_index.json", denoiser=["evil", "X"])),
+        own_component,
         "the component denoiser is a X of evil, which is neither of dmc_hub nor",
     ),
     "a module of Python as a component": (
@@ -117,10 +142,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
         lambda f: edit_json(f, "model_index.json", denoiser=["dmc_hub.models.dit", "ModelMixin"]),
         "needs ModelMixin of dmc_hub.models.dit",
     ),
-    "a component above the folder": (
-        lambda f: edit_json(f, "model_index.json", **{"../denoiser": ["diffusers", "UNet1DModel"]}),
-        "is not a pipeline's index: '../denoiser'",
-    ),
+    "a component above the folder": (component_above, "is not a pipeline's index: '../denoiser'"),
     "a newer format": (
         lambda f: index_facts(f, format=2, version="9.9"),
         r"has format 2, written by dmc_hub 9\.9; this is dmc_hub .*, which reads format 1: upgrade dmc_hub",
@@ -180,6 +202,50 @@ def test_a_pickle_in_a_folder_never_runs(
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()  # so it would have run
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """The content with a few bytes replaced, inserted or cut."""
+    result = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, max(len(result) - 1, 0)))
+        result[start : start + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
+    return bytes(result)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline, whose files are rewritten again and again."""
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    ends = np.array([[-1.0], [1.0]], dtype=np.float32)
+    DiffuserPlannerPipeline(
+        TemporalUnet(4, dim=8, dim_mults=(1, 2)),
+        TransitionScheduler(10),
+        Normalizer.from_data(np.repeat(ends, 3, 1), ends),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "denoiser/config.json", "scheduler/scheduler_config.json", WEIGHTS]
+)
+def test_damaged_files_give_our_errors_only(name: str, saved: Path) -> None:
+    path = saved / name
+    content = path.read_bytes()
+    beginning, rest = content[:4000], content[4000:]
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(damaged(beginning))
+    def read(changed: bytes) -> None:
+        path.write_bytes(changed + rest)
+        with suppress(portable.UnreadableRepoError):
+            portable.check_loadable(saved, ["DiffuserPlannerPipeline"], trust_remote_code=False)
+
+    try:
+        read()
+    finally:
+        path.write_bytes(content)
 
 
 def test_a_huge_manifest_is_not_read(planner_repo: dict[str, bytes]) -> None:
@@ -250,8 +316,8 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
 def test_only_what_belongs_to_it_is_pushed(
     hub: Any, make_planner: Callable[..., Any], adapt: Callable[..., Any], tmp_path: Path
 ) -> None:
-    secrets = (".env", "token.txt", "notes.md", "denoiser/.env", "denoiser/.hidden.json", "denoiser/optimizer.bin")
-    secrets += ("wandb/settings.json", "secret.json", "other.py", "weights.safetensors")
+    secrets = [".env", "token.txt", "notes.md", "denoiser/.env", "denoiser/.hidden.json", "denoiser/optimizer.bin"]
+    secrets += ["wandb/settings.json", "secret.json", "other.py", "weights.safetensors"]
     planner = make_planner()
     planner.save_pretrained(tmp_path / "pipeline")
     adapt(planner).save_lora_weights(tmp_path / "adapter")
