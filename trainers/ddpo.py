@@ -159,7 +159,10 @@ class DDPOTrainer(TruncatedTrainer):
         batch = {name: value[position % self.args.batches_per_rollout] for name, value in buffer.items()}
         steps = self._trainable_steps(batch["stds"])
         count = self.args.num_train_denoising_steps or len(steps)
-        return {**batch, "steps": steps[torch.randperm(len(steps), generator=generator)[:count]].sort().values}
+        order = torch.randperm(
+            len(steps), generator=self.common_generator("draw")
+        )  # one batch on however many processes
+        return {**batch, "steps": steps[order[:count]].sort().values}
 
     def _trainable_steps(self, stds: Tensor) -> Tensor:
         """Indices of the steps that have a density, of these the last K."""
@@ -198,7 +201,7 @@ class DDPOTrainer(TruncatedTrainer):
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         if self.args.advantage_scale != "running":
-            return group_advantages(rewards, self.args.group_size, scale=self.args.advantage_scale)
+            return self.advantages(rewards, self.args.group_size, self.args.advantage_scale)
         centred = group_advantages(rewards, self.args.group_size, scale="none")
         rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs()  # equal rewards differ from their mean by this
         centred = torch.where(centred.abs() > rounding, centred, 0)
