@@ -93,7 +93,7 @@ def test_public_names_are_the_same_for_users_and_for_type_checkers() -> None:
         for alias in node.names
     }
     assert imported == dmc_hub._MODULE_OF_NAME
-    assert dmc_hub.__all__ == [*sorted(imported), "__version__"]
+    assert dmc_hub.__all__ == sorted([*imported, "__version__"])
     assert set(dmc_hub.__all__) <= set(dir(dmc_hub))
 
 

@@ -251,6 +251,10 @@ class DiffusionTrainer(Trainer, ABC):
         """
         return self._seeded(purpose, self.micro_step)
 
+    def common_generator(self, purpose: str) -> torch.Generator:
+        """As `generator`, but the same stream in all processes: that of the first."""
+        return self._seeded(purpose, self.micro_step, process=0)
+
     def log_metric(self, name: str, value: Tensor | float) -> None:
         """Add to the mean of `name` (over steps, elements and processes) in the next log. Does not wait for a
         GPU."""
@@ -422,9 +426,9 @@ class DiffusionTrainer(Trainer, ABC):
             if wanted and not was_on:
                 self.model.disable_gradient_checkpointing()
 
-    def _seeded(self, purpose: str, micro_step: int) -> torch.Generator:
-        seed = hash_seed(purpose, self.args.seed, self.args.process_index, micro_step)
-        return torch.Generator().manual_seed(seed)
+    def _seeded(self, purpose: str, micro_step: int, process: int | None = None) -> torch.Generator:
+        process = self.args.process_index if process is None else process
+        return torch.Generator().manual_seed(hash_seed(purpose, self.args.seed, process, micro_step))
 
     # ---- Logging and evaluation ----------------------------------------------------------------------------
 

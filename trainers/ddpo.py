@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dmc_hub.losses import (
     adapted_kl_coefficient,
     entropy_estimates,
-    group_advantages,
     growing_clip_range,
     ppo_clip_loss,
     reinforce_loss,
@@ -167,7 +166,10 @@ class DDPOTrainer(TruncatedTrainer):
         batch = {name: value[position % self.args.batches_per_rollout] for name, value in buffer.items()}
         steps = self._trainable_steps(batch["stds"])
         count = self.args.num_train_denoising_steps or len(steps)
-        return {**batch, "steps": steps[torch.randperm(len(steps), generator=generator)[:count]].sort().values}
+        order = torch.randperm(
+            len(steps), generator=self.common_generator("draw")
+        )  # one batch on however many processes
+        return {**batch, "steps": steps[order[:count]].sort().values}
 
     def _trainable_steps(self, stds: Tensor) -> Tensor:
         """Indices of the steps that have a density, of these the last K."""
@@ -205,10 +207,11 @@ class DDPOTrainer(TruncatedTrainer):
         }
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        group = self.args.group_size if self.args.advantage_baseline == "group" else len(rewards)
+        by_group = self.args.advantage_baseline == "group"
+        group = self.args.group_size if by_group else len(rewards) * self.args.world_size
         if self.args.advantage_scale != "running":
-            return group_advantages(rewards, group, scale=self.args.advantage_scale)
-        centred = group_advantages(rewards, group, scale="none")
+            return self.advantages(rewards, group, self.args.advantage_scale)
+        centred = self.advantages(rewards, group, "none")
         rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs()  # equal rewards differ from their mean by this
         centred = torch.where(centred.abs() > rounding, centred, 0)
         moments = torch.stack([centred.double().pow(2).sum(), torch.tensor(float(len(rewards)), dtype=torch.float64)])

@@ -174,7 +174,8 @@ class DiffusionDPOTrainer(CandidatesTrainer):
         self.log_metric("accuracy", (margin > 0).float())
         self.log_metric("margin", margin)
         counts = (rewards[:, :1] > rewards.gather(1, last))[:, 0].to(loss)  # equal rewards prefer nothing
-        return (loss * counts).sum() / counts.sum().clamp(min=1)
+        counted = self.accelerator.reduce(counts.sum()) / self.args.world_size  # the mean over all processes' pairs
+        return (loss * counts).sum() / counted.clamp(min=1 / self.args.world_size)
 
     def _noise_errors(self, inputs: dict[str, Tensor]) -> Tensor:
         """`omega(lambda_t) ||eps - eps_theta||^2` of each member of each group in one forward, shape `(B, G)`."""

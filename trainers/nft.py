@@ -116,7 +116,7 @@ class NFTTrainer(SamplingTrainer):
         )
         rewards = self.rewards(samples, condition)
         self.log_metric("reward", rewards)
-        advantages = group_advantages(rewards, group, scale=self.args.advantage_scale)
+        advantages = self.advantages(rewards, group, self.args.advantage_scale)
         rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs()  # equal rewards differ from their mean by this
         differs = group_advantages(rewards, group, scale="none").abs() > rounding
         advantages = torch.where(differs, advantages, 0).clamp(-self.args.advantage_clip, self.args.advantage_clip)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from dmc_hub.losses import group_advantages
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
 from dmc_hub.trainers.loop import episodes_that_fit, require_transitions
@@ -123,6 +124,11 @@ class SamplingTrainer(DiffusionTrainer):
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of normalised samples."""
         return call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+
+    def advantages(self, rewards: Tensor, group_size: int, scale: Literal["group", "global", "none"]) -> Tensor:
+        """`group_advantages` of this process's rewards `(B,)`, in the scale of those of all processes."""
+        everyone = group_advantages(self.accelerator.gather(rewards), group_size, scale=scale)
+        return everyone.chunk(self.args.world_size)[self.args.process_index]
 
     def require_reference(self) -> None:
         """Raise a ValueError if the controller has no adapter whose switched-off state is the foundation."""

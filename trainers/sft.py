@@ -90,7 +90,8 @@ class SFTTrainer(SamplingTrainer):
         data = {name: value.to(samples.device) for name, value in self.windows.gather(rows).items()}
         real, real_condition = self.pipeline.encode(data)
         real_condition = self.pipeline.complete_condition(real_condition, generator)
-        threshold = self._unlikeliness(real, real_condition, generator).quantile(self.args.likelihood_quantile)
+        of_data = self.accelerator.gather(self._unlikeliness(real, real_condition, generator))
+        threshold = of_data.quantile(self.args.likelihood_quantile)
         unlikeliness = self._unlikeliness(samples, condition, generator)
         accepted = unlikeliness <= threshold
         self.log_metric("unlikeliness", unlikeliness)
