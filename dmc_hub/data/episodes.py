@@ -118,6 +118,14 @@ class Episodes:
         """Undiscounted return of every episode, float64 of shape `(num_episodes,)`."""
         return np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64)
 
+    def select(self, indices: np.ndarray) -> Episodes:
+        """The episodes at `indices`, integers of shape `(count,)`, in that order (a copy)."""
+        starts, lengths = self.episode_starts[indices], self.episode_lengths[indices]
+        ends = np.cumsum(lengths)
+        rows = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+        names = [field.name for field in fields(self) if field.name != "episode_ends"]
+        return Episodes(**{name: getattr(self, name)[rows] for name in names}, episode_ends=ends)
+
     def transitions(self, indices: np.ndarray | Tensor) -> dict[str, Tensor]:
         """Gather single steps.
 
