@@ -5,6 +5,8 @@ Weights are read from safetensors or by torch's restricted unpickler: no code of
 
 from dmc_hub.interop.diffusion_policy import import_diffusion_policy
 from dmc_hub.interop.lerobot import LeRobotPolicy, export_lerobot_policy, import_lerobot_policy
+from dmc_hub.interop.lerobot_dataset import load_lerobot_episodes, save_lerobot_dataset
+from dmc_hub.interop.minari import load_minari_episodes, save_minari_dataset
 from dmc_hub.interop.planners import import_cleandiffuser_planner, import_value_guided_planner
 from dmc_hub.interop.schedules import cleandiffuser_scheduler
 from dmc_hub.interop.vision import KeypointEncoder
@@ -20,4 +22,8 @@ __all__ = [
     "import_diffusion_policy",
     "import_lerobot_policy",
     "import_value_guided_planner",
+    "load_lerobot_episodes",
+    "load_minari_episodes",
+    "save_lerobot_dataset",
+    "save_minari_dataset",
 ]

@@ -289,6 +289,9 @@ def make_policy(config: dict[str, Any]) -> Policy:
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=source))
+        for name, parameter in policy.named_parameters():
+            if "pool.nets" in name:
+                parameter.mul_(5 if config["use_group_norm"] else 0.002)  # keypoints move
         for name, buffer in policy.named_buffers():
             if name.endswith("running_mean"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=source))
@@ -383,6 +386,7 @@ def test_image_policy_acts_the_same(tmp_path: Path, cameras: int, changes: dict[
     observations = torch.stack([imported.observation(step) for step in steps], dim=1)
     condition = imported.pipeline.observation_condition(observations)["embedding"]
     torch.testing.assert_close(condition, policy.condition(steps), rtol=1e-5, atol=1e-5)
+    assert (condition[0] - condition[1])[STATE_DIM : STATE_DIM + 8].abs().max() > 0.02
     expected = policy.act(steps, torch.Generator().manual_seed(3))
     np.testing.assert_allclose(act(imported, steps, torch.Generator().manual_seed(3)), expected, rtol=1e-5, atol=1e-5)
 

@@ -115,3 +115,24 @@ def test_policy_that_lerobot_saved_acts_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = [after(policy.select_action(prepared)) for _ in range(4)]
     np.testing.assert_allclose(actual[0, :4], torch.cat(expected).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_lerobot_reads_an_exported_dataset(tmp_path: Path) -> None:
+    from dmc_hub.data import Episodes, make_nav1d_dataset
+    from dmc_hub.interop import save_lerobot_dataset
+
+    lerobot_datasets: Any = pytest.importorskip("lerobot.datasets.lerobot_dataset", exc_type=ImportError)
+    episodes = Episodes.from_dataset(make_nav1d_dataset("full", num_episodes=3))
+    save_lerobot_dataset(episodes, tmp_path / "d", task="navigate", fps=10, state_dim=1)
+    dataset = lerobot_datasets.LeRobotDataset(
+        "dmc/nav1d", root=tmp_path / "d", delta_timestamps={"action": [0.0, 0.1], "next.reward": [0.0]}
+    )
+    assert (dataset.num_frames, dataset.num_episodes, dataset.fps) == (24, 3, 10)
+    item = dataset[9]
+    assert item["task"] == "navigate"
+    assert item["observation.state"].item() == episodes.observations[9, 0]
+    np.testing.assert_array_equal(item["observation.environment_state"], episodes.observations[9, 1:])
+    np.testing.assert_array_equal(item["action"].flatten(), episodes.actions[9:11, 0])
+    assert item["next.reward"].item() == episodes.rewards[9]
+    assert bool(item["next.done"]) is False
+    np.testing.assert_allclose(dataset.meta.stats["action"]["mean"], episodes.actions.mean(0), rtol=1e-6)
