@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
-from dmc_hub import Agent
+from dmc_hub.agent import Agent
 from dmc_hub.control_pipeline import ADAPTER_WEIGHTS
 from dmc_hub.envs import nav1d
 from dmc_hub.hub import load_pipeline, verify_if_possible

@@ -4,7 +4,12 @@ Weights are read from safetensors or by torch's restricted unpickler: no code of
 """
 
 from dmc_hub.interop.diffusion_policy import import_diffusion_policy
-from dmc_hub.interop.lerobot import LeRobotPolicy, export_lerobot_policy, import_lerobot_policy
+from dmc_hub.interop.lerobot import (
+    LeRobotPolicy,
+    export_lerobot_policy,
+    import_lerobot_policy,
+    save_lerobot_plugin_policy,
+)
 from dmc_hub.interop.lerobot_dataset import load_lerobot_episodes, save_lerobot_dataset
 from dmc_hub.interop.minari import load_minari_episodes, save_minari_dataset
 from dmc_hub.interop.planners import import_cleandiffuser_planner, import_value_guided_planner
@@ -25,5 +30,6 @@ __all__ = [
     "load_lerobot_episodes",
     "load_minari_episodes",
     "save_lerobot_dataset",
+    "save_lerobot_plugin_policy",
     "save_minari_dataset",
 ]

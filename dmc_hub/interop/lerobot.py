@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmc_hub import checkpoint
+from dmc_hub.hub import load_pipeline
 from dmc_hub.interop.schedules import from_diffusers, to_diffusers
 from dmc_hub.interop.vision import DEPTHS, KeypointEncoder, torchvision_names
 from dmc_hub.interop.weights import (
@@ -166,6 +168,65 @@ def export_lerobot_policy(
             ("device_processor", {"device": "cpu", "float_dtype": None}),
         ]
         _save_processor(stage, _POSTPROCESSOR, back, statistics)
+
+
+def save_lerobot_plugin_policy(
+    pipeline: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    state_dim: int | None = None,
+    num_candidates: int = 1,
+    num_action_steps: int = 1,
+    seed: int = 0,
+) -> None:
+    """Write any saved planner or policy as a folder that LeRobot runs as the policy type `dmc_hub`, critic included.
+
+    LeRobot knows that type where the distribution `lerobot_policy_dmc_hub` is installed (scripts/ has it).
+
+    Args:
+        pipeline: folder of the pipeline.
+        folder: replaced if it is there.
+        adapter: folder of an adapter that was trained on it.
+        state_dim: the first so many numbers of an observation are `observation.state`, the others
+            `observation.environment_state`; None: all are the state.
+        num_candidates: candidates per decision.
+        num_action_steps: actions executed per decision.
+        seed: of the sampling noise.
+
+    Raises:
+        InteropError: an impossible `state_dim`.
+        ValueError: what the folders hold cannot be loaded together.
+    """
+    loaded = load_pipeline(pipeline)
+    if adapter is not None:
+        loaded.load_lora_weights(adapter)
+    split = loaded.observation_dim if state_dim is None else state_dim
+    if not 0 < split <= loaded.observation_dim:
+        raise InteropError(f"`state_dim` must lie in 1..{loaded.observation_dim}, got {split}.")
+    inputs = {STATE: {"type": "STATE", "shape": [split]}}
+    if split < loaded.observation_dim:
+        inputs[ENVIRONMENT_STATE] = {"type": "ENV", "shape": [loaded.observation_dim - split]}
+    config = {
+        "type": "dmc_hub",
+        "input_features": inputs,
+        "output_features": {ACTION: {"type": "ACTION", "shape": [loaded.action_dim]}},
+        "normalization_mapping": {},
+        "num_candidates": num_candidates,
+        "action_selection": "expectation" if loaded.critic is None else "greedy",
+        "num_action_steps": num_action_steps,
+        "seed": seed,
+        "device": "cpu",
+    }
+    to_device: tuple[str, dict[str, Any]] = ("device_processor", {"device": "cpu", "float_dtype": None})
+    with checkpoint.write_folder_atomically(folder) as stage:
+        shutil.copytree(pipeline, stage / "pipeline", ignore=shutil.ignore_patterns(".*"))
+        if adapter is not None:
+            shutil.copytree(adapter, stage / "adapter", ignore=shutil.ignore_patterns(".*"))
+        checkpoint.save_json(stage / "config.json", config)
+        before = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {}), to_device]
+        _save_processor(stage, _PREPROCESSOR, before, {})
+        _save_processor(stage, _POSTPROCESSOR, [to_device], {})
 
 
 # ---- Import ----------------------------------------------------------------------------------------------

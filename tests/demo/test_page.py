@@ -1,5 +1,6 @@
 """The page itself: through its API, and in headless Chromium where there is one."""
 
+import gc
 import runpy
 import shutil
 import threading
@@ -22,6 +23,13 @@ def url(folders: Path) -> Iterator[str]:
     _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
     yield address
     app.close()
+
+
+@pytest.fixture(autouse=True)
+def clean_up() -> Iterator[None]:
+    """Event loops that Gradio and Playwright left are closed here, where their warnings are ignored."""
+    yield
+    gc.collect()
 
 
 def test_an_episode_through_the_api(url: str) -> None:

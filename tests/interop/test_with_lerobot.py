@@ -136,3 +136,34 @@ def test_lerobot_reads_an_exported_dataset(tmp_path: Path) -> None:
     assert item["next.reward"].item() == episodes.rewards[9]
     assert bool(item["next.done"]) is False
     np.testing.assert_allclose(dataset.meta.stats["action"]["mean"], episodes.actions.mean(0), rtol=1e-6)
+
+
+def test_plugin_runs_any_controller_in_nav1d(tmp_path: Path) -> None:
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.envs.utils import preprocess_observation
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    from dmc_hub import Agent
+    from dmc_hub.data import Episodes, make_nav1d_dataset
+    from dmc_hub.envs.env_hub import make_env
+    from dmc_hub.interop import save_lerobot_plugin_policy
+    from dmc_hub.interop.lerobot_plugin import configuration_dmc_hub  # noqa: F401 (what the shim imports)
+    from dmc_hub.presets import build_nav1d_planner
+
+    planner = build_nav1d_planner(Episodes.from_dataset(make_nav1d_dataset("full", num_episodes=5)), seed=0)
+    planner.save_pretrained(tmp_path / "pipeline")
+    planner.set_progress_bar_config(disable=True)
+    save_lerobot_plugin_policy(tmp_path / "pipeline", tmp_path / "policy", state_dim=1, num_candidates=3, seed=6)
+    config = PreTrainedConfig.from_pretrained(tmp_path / "policy")
+    policy = get_policy_class(config.type).from_pretrained(tmp_path / "policy", config=config)
+    before, after = make_pre_post_processors(config, pretrained_path=str(tmp_path / "policy"))
+    env, agent = make_env(n_envs=2), Agent(planner)
+    observations, _ = env.reset(seed=0)
+    generator = torch.Generator().manual_seed(6)
+    policy.reset()
+    for _ in range(3):
+        action = after(policy.select_action(before(preprocess_observation(observations)))).numpy()
+        flat = np.concatenate([observations["agent_pos"], observations["environment_state"]], axis=1)
+        np.testing.assert_array_equal(action, agent(flat, num_candidates=3, generator=generator).action)
+        observations, *_ = env.step(action)
+    env.close()
