@@ -166,9 +166,15 @@ def _episode_table(episodes: Episodes, frames: Mapping[str, np.ndarray], task: s
         "dataset_from_index": episodes.episode_starts,
         "dataset_to_index": episodes.episode_ends,
     }
-    ends = list(zip(episodes.episode_starts, episodes.episode_ends, strict=True))
     for name, column in frames.items():
-        moments = [_moments(column[start:end]) for start, end in ends]
+        moments: list[dict[str, Any]] = [{}] * count
+        for length in np.unique(episodes.episode_lengths):  # all episodes of one length at once
+            rows = np.flatnonzero(episodes.episode_lengths == length)
+            together = _moments(
+                np.stack([column[start : start + length] for start in episodes.episode_starts[rows]], 1)
+            )
+            for place, row in enumerate(rows):
+                moments[row] = {key: value if key == "count" else value[place] for key, value in together.items()}
         for statistic in moments[0]:
             columns[f"stats/{name}/{statistic}"] = [row[statistic] for row in moments]
     columns["meta/episodes/chunk_index"] = np.zeros(count, dtype=np.int64)

@@ -118,6 +118,7 @@ def import_cleandiffuser_planner(
     normalizer: Normalizer,
     horizon: int,
     num_heads: int | None = None,
+    position_embedding: str = "sinusoidal",
     inverse_dynamics: InverseDynamics | None = None,
     use_ema: bool = True,
     num_inference_steps: int = 20,
@@ -135,6 +136,8 @@ def import_cleandiffuser_planner(
         normalizer: statistics of the data.
         horizon: steps of a plan.
         num_heads: of the DiT's attention.
+        position_embedding: of the DiT's positions, which its weights do not tell: `"sinusoidal"` in the version of the
+            paper (class `SinusoidalEmbedding`), `"positional"` in later ones (`UntrainablePositionalEmbedding`).
         inverse_dynamics: for networks that plan observations alone, as Decision Diffuser.
         use_ema: take the running average of the weights, which CleanDiffuser samples with.
         num_inference_steps: default number of denoising steps.
@@ -155,7 +158,7 @@ def import_cleandiffuser_planner(
             f"`{path}` has {unknown[0]}: Fourier embeddings, attention and layer norms are not supported."
         )
     if "x_proj.weight" in state:
-        denoiser: Any = _cleandiffuser_dit(state, num_heads, path)
+        denoiser: Any = _cleandiffuser_dit(state, num_heads, position_embedding, path)
     else:
         state = renamed(state, _CLEANDIFFUSER_UNET.modules(state))
         denoiser = temporal_unet(state, f"`{path}`", timestep_embedding="positional")
@@ -221,7 +224,11 @@ def _observations_first(state: dict[str, Tensor], action_dim: int) -> dict[str, 
     return state
 
 
-def _cleandiffuser_dit(state: dict[str, Tensor], num_heads: int | None, path: Path) -> DiffusionTransformer1D:
+def _cleandiffuser_dit(
+    state: dict[str, Tensor], num_heads: int | None, position_embedding: str, path: Path
+) -> DiffusionTransformer1D:
+    if position_embedding not in ("sinusoidal", "positional"):
+        raise InteropError(f"`position_embedding` must be 'sinusoidal' or 'positional', got {position_embedding!r}.")
     if num_heads is None:
         raise InteropError("`num_heads` is missing: a DiT's weights do not tell it.")
     for name in ("pos_emb", "t_proj.0.weight"):
@@ -260,6 +267,7 @@ def _cleandiffuser_dit(state: dict[str, Tensor], num_heads: int | None, path: Pa
         num_heads=num_heads,
         depth=depth,
         timestep_dim=state["time_embedding.0.weight"].shape[1],
-        embedding="positional",
+        timestep_embedding="positional",
+        position_embedding=position_embedding,
         normalized_residual=True,
     )

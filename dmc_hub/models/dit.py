@@ -95,8 +95,9 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep_dim: width of the sinusoidal time embedding.
         draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
             It enters through weights that start at zero.
-        embedding: of timesteps and positions: `"sinusoidal"`, with positions scaled to unit norm, or `"positional"` as
-            in CleanDiffuser.
+        timestep_embedding: `"sinusoidal"`, or `"positional"` as in CleanDiffuser.
+        position_embedding: of the steps: `"scaled"` to a norm below 1, or plain `"sinusoidal"` or `"positional"` as in
+            versions of CleanDiffuser.
         normalized_residual: each block adds its attention to its normalised input, as CleanDiffuser's does.
     """
 
@@ -112,7 +113,8 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         depth: int = 2,
         timestep_dim: int = 128,
         draft_dim: int = 0,
-        embedding: str = "sinusoidal",
+        timestep_embedding: str = "sinusoidal",
+        position_embedding: str = "scaled",
         normalized_residual: bool = False,
     ) -> None:
         super().__init__()
@@ -120,8 +122,12 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"`dim` must be even and divisible by `num_heads`, got {dim} and {num_heads}.")
         if timestep_dim % 2:
             raise ValueError(f"`timestep_dim` must be even, got {timestep_dim}: half of it are sines, half cosines.")
-        if embedding not in ("sinusoidal", "positional"):
-            raise ValueError(f"`embedding` must be 'sinusoidal' or 'positional', got {embedding!r}.")
+        if timestep_embedding not in ("sinusoidal", "positional"):
+            raise ValueError(f"`timestep_embedding` must be 'sinusoidal' or 'positional', got {timestep_embedding!r}.")
+        if position_embedding not in ("scaled", "sinusoidal", "positional"):
+            raise ValueError(
+                f"`position_embedding` must be 'scaled', 'sinusoidal' or 'positional', got {position_embedding!r}."
+            )
         self.token_projection = nn.Linear(token_dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(timestep_dim, dim), nn.Mish(), nn.Linear(dim, dim), nn.Mish())
         self.condition_embedding = (
@@ -148,14 +154,16 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         self._check(sample, condition)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        is_positional = self.config.embedding == "positional"
-        embed = positional_embedding if is_positional else sinusoidal_embedding
+        kinds = {"positional": positional_embedding}
+        embed = kinds.get(self.config.timestep_embedding, sinusoidal_embedding)
         embedding = self.time_embedding(embed(timestep, self.config.timestep_dim).to(sample.dtype))
         if self.condition_embedding is not None:
             embedding = embedding + self.condition_embedding(condition)
         steps = torch.arange(sample.shape[1], device=sample.device)
-        positions = embed(steps, self.config.dim).to(sample.dtype)
-        positions = positions if is_positional else positions / math.sqrt(self.config.dim)
+        locate = kinds.get(self.config.position_embedding, sinusoidal_embedding)
+        positions = locate(steps, self.config.dim).to(sample.dtype)
+        if self.config.position_embedding == "scaled":
+            positions = positions / math.sqrt(self.config.dim)
         sample, draft = sample.split((self.config.token_dim, self.config.draft_dim), dim=-1)
         x = self.token_projection(sample.contiguous()) + positions
         if self.draft_projection is not None:

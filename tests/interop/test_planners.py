@@ -175,6 +175,16 @@ class EdmEmbedding(nn.Module):
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
+class SineEmbedding(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.rates = torch.exp(-np.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = torch.outer(t.float(), self.rates)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 class GroupNorm1d(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -278,9 +288,10 @@ class CleanHead(nn.Module):
 class CleanDiT(nn.Module):
     """`DiT1d(x_dim, emb_dim, d_model, n_heads, depth)`."""
 
-    def __init__(self, width: int, emb_dim: int, dim: int, heads: int, depth: int) -> None:
+    def __init__(self, width: int, emb_dim: int, dim: int, heads: int, depth: int, positions: str) -> None:
         super().__init__()
-        self.map_noise, self.pos_emb = EdmEmbedding(emb_dim), EdmEmbedding(dim)
+        self.map_noise = EdmEmbedding(emb_dim)
+        self.pos_emb = EdmEmbedding(dim) if positions == "positional" else SineEmbedding(dim)
         self.x_proj = nn.Linear(width, dim)
         self.map_emb = nn.Sequential(nn.Linear(emb_dim, dim), nn.Mish(), nn.Linear(dim, dim), nn.Mish())
         self.blocks = nn.ModuleList(CleanDiTBlock(dim, heads) for _ in range(depth))
@@ -307,21 +318,33 @@ def clean_unet(kernel: int = 3, mults: tuple[int, ...] = (1, 2, 2), width: int =
     return model.eval()
 
 
-def clean_dit(width: int = WIDTH) -> CleanDiT:
+def clean_dit(width: int = WIDTH, positions: str = "sinusoidal") -> CleanDiT:
     torch.manual_seed(0)
-    model = CleanDiT(width, 24, 32, 4, 2)
+    model = CleanDiT(width, 24, 32, 4, 2, positions)
     randomize(model)
     return model.eval()
 
 
-@pytest.mark.parametrize("model", [clean_unet(3), clean_unet(5, (1, 4)), clean_dit()], ids=["unet-3", "unet-5", "dit"])
-def test_cleandiffuser_computes_the_same(tmp_path: Path, normalizer: Normalizer, model: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("model", "positions"),
+    [
+        (clean_unet(3), "sinusoidal"),
+        (clean_unet(5, (1, 4)), "sinusoidal"),
+        (clean_dit(), "sinusoidal"),
+        (clean_dit(positions="positional"), "positional"),
+    ],
+    ids=["unet-3", "unet-5", "dit", "later-dit"],
+)
+def test_cleandiffuser_computes_the_same(
+    tmp_path: Path, normalizer: Normalizer, model: nn.Module, positions: str
+) -> None:
     planner = import_cleandiffuser_planner(
         save_cleandiffuser(tmp_path / "model.pt", model),
         scheduler=cleandiffuser_scheduler(20),
         normalizer=normalizer,
         horizon=HORIZON,
         num_heads=4,
+        position_embedding=positions,
     )
     plans, timestep = draw(4, HORIZON, WIDTH), torch.tensor([0, 3, 11, 19])
     with torch.no_grad():
