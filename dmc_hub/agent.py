@@ -39,11 +39,12 @@ class Agent:
         num_warm_start_steps: int | None = None,
         num_context_steps: int = 0,
     ) -> None:
-        future = pipeline.config.horizon - num_context_steps
+        future = pipeline.config.horizon - pipeline.num_past_actions - num_context_steps
         if num_context_steps < 0 or not 1 <= num_action_steps <= future:
             raise ValueError(
                 f"`num_context_steps` must be at least 0 and `num_action_steps` at least 1, both together at most "
-                f"{pipeline.config.horizon}, the horizon; got {num_context_steps} and {num_action_steps}."
+                f"{pipeline.config.horizon - pipeline.num_past_actions}, the horizon; got {num_context_steps} and "
+                f"{num_action_steps}."
             )
         if num_context_steps and not isinstance(pipeline, DiffuserPlannerPipeline):
             raise ValueError("`num_context_steps` is for planners: a policy has `num_observation_steps`.")
@@ -62,13 +63,14 @@ class Agent:
         self.ensembling_decay = ensembling_decay
         self.num_warm_start_steps = num_warm_start_steps
         self.num_context_steps = num_context_steps
+        self._num_future_steps = future
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: new episodes start in all environments."""
         self._history: deque[np.ndarray] = deque(maxlen=self.pipeline.num_observation_steps)
         self._past: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.num_context_steps)
-        self._sequences: deque[np.ndarray] = deque(maxlen=self.pipeline.config.horizon - self.num_context_steps)
+        self._sequences: deque[np.ndarray] = deque(maxlen=self._num_future_steps)
         self._output: Any = None
         self._age = 0
 

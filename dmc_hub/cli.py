@@ -147,6 +147,16 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "each alignment method alone, in pairs, in sequence, jointly, with a cascade",
             "dmc-hub ablate-alignment --output-dir runs/ablation --quick",
         ),
+        "demo": Command(
+            "dmc_hub.commands:demo",
+            "a page on which controllers act, before and after alignment; or a Space with it",
+            "dmc-hub demo --pipelines runs/nav1d-full/pipeline --adapters runs/nav1d-full/adapter",
+        ),
+        "export-data": Command(
+            "dmc_hub.commands:export_data",
+            "write a task's data for datasets, LeRobot or Minari",
+            "dmc-hub export-data --task nav1d-full --format lerobot --output-dir runs/nav1d-full-lerobot",
+        ),
         "tasks": Command(
             "dmc_hub.cli:list_tasks",
             "list the known tasks",
@@ -170,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:  # their messages are written for the user
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:  # their messages are written for the user
         if options.debug:
             raise
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)

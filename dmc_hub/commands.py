@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -290,6 +291,35 @@ class InfoArguments:
 
 
 @dataclass(kw_only=True)
+class DemoArguments:
+    """Arguments of `dmc-hub demo`."""
+
+    pipelines: list[str] = field(metadata={"help": "Folders of pipelines of Nav1D."})
+    adapters: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of adapters, each trained on one of the pipelines."}
+    )
+    port: int = field(default=7860, metadata={"help": "Port on this machine; 0 takes a free one."})
+    space: str | None = field(
+        default=None, metadata={"help": "Instead of serving, write a folder that can be pushed as a Gradio Space."}
+    )
+
+
+@dataclass(kw_only=True)
+class ExportDataArguments:
+    """Arguments of `dmc-hub export-data`."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    output_dir: str = field(metadata={"help": "The folder to write; for minari, the one its datasets lie in."})
+    format: Literal["datasets", "lerobot", "minari"] = field(
+        default="datasets", metadata={"help": "Parquet with a card for `datasets`, a LeRobotDataset v3.0, or Minari."}
+    )
+    repo_id: str = field(
+        default="user/dataset", metadata={"help": "The repository that the card's examples load, as owner/name."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the data."})
+
+
+@dataclass(kw_only=True)
 class ReproduceNav1DArguments:
     """Arguments of `dmc-hub reproduce-nav1d`."""
 
@@ -386,6 +416,46 @@ def info(arguments: InfoArguments) -> None:
 def _publish(folder: str, repo_id: str, **options: Any) -> None:
     for published in publish(folder, repo_id, **options):
         print(f"pushed {published.repo_id} at {published.revision[:12]}")
+
+
+def demo(arguments: DemoArguments) -> None:
+    """Serve the page, or write it as a Space."""
+    from dmc_hub.demo import app
+
+    if not 0 <= arguments.port < 65536:
+        raise ValueError(f"`port` must lie in 0..65535, got {arguments.port}.")
+    pipelines, adapters = ([Path(folder) for folder in part] for part in (arguments.pipelines, arguments.adapters))
+    if arguments.space is not None:
+        app.save_space(pipelines, adapters, arguments.space)
+        _say(f"saved {arguments.space}; `python app.py` in it serves the page")
+        return
+    app.serve(app.Demo(pipelines, adapters), port=arguments.port)
+
+
+def export_data(arguments: ExportDataArguments) -> None:
+    """Write a task's data in a format of others."""
+    from dmc_hub.data import DatasetCardText, DatasetConfig, save_dataset, split_episodes
+    from dmc_hub.interop import save_lerobot_dataset, save_minari_dataset
+
+    task, folder = get_task(arguments.task), Path(arguments.output_dir)
+    data = task.make_dataset(arguments.seed)
+    scores = {} if task.optimal_return is None else {"optimum": task.optimal_return()}
+    if arguments.format == "datasets":
+        text = DatasetCardText(
+            title=task.name,
+            description=f"Offline data of {task.summary}.",
+            repo_id=arguments.repo_id,
+            command=f"dmc-hub export-data --task {task.name} --seed {arguments.seed} --output-dir {task.name}",
+            scores=scores,
+        )
+        splits = split_episodes(data, seed=arguments.seed)
+        save_dataset(folder, [DatasetConfig(task.name, task.summary, splits)], text)
+    elif arguments.format == "lerobot":
+        save_lerobot_dataset(data, folder, task=task.summary, fps=1, state_dim=1, reference_scores=scores)
+    else:
+        os.environ["MINARI_DATASETS_PATH"] = str(folder)
+        save_minari_dataset(data, f"{task.name}-v0", env_id=task.env_id, description=task.summary)
+    _say(f"saved {folder}")
 
 
 def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:

@@ -46,6 +46,10 @@ class NoiseSchedule(ABC):
         """What a noisy sample is multiplied by before the network sees it (1 unless the variance explodes)."""
         return torch.ones_like(t)
 
+    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int]:
+        """The levels `t * num_levels` that sampling goes through, `num_inference_steps` and the clean end, 0."""
+        return [round(num_levels * (1 - step / num_inference_steps)) for step in range(num_inference_steps + 1)]
+
 
 @dataclass(frozen=True)
 class CosineSchedule(NoiseSchedule):
@@ -113,11 +117,57 @@ class FlowSchedule(NoiseSchedule):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
 
+@dataclass(frozen=True)
+class TabulatedSchedule(NoiseSchedule):
+    """Variance-preserving schedule of a discrete chain, given by its table of `alpha_bar`: for networks that were
+    trained elsewhere. `log alpha_bar` is linear in `t` between the levels.
+
+    alpha_bars: of the levels from the least noisy on, falling, in `(0, 1)`; `num_train_timesteps` of them.
+    timestep_spacing: `"trailing"` takes inference steps evenly from the noisiest level to the clean end; `"leading"`
+        takes multiples of `num_train_timesteps // num_inference_steps` from the clean end on, as diffusers' DDPM and
+        DDIM schedulers do unless told otherwise.
+    """
+
+    alpha_bars: tuple[float, ...] = ()
+    timestep_spacing: str = "trailing"
+    timestep_origin: int = 1
+
+    def __post_init__(self) -> None:
+        table = (1.0, *self.alpha_bars)
+        if len(table) < 2 or not all(0 < low < high for high, low in itertools.pairwise(table)):
+            raise ValueError("`alpha_bars` must be falling numbers in (0, 1), the least noisy level first.")
+        _check_choice("timestep_spacing", self.timestep_spacing, ("trailing", "leading"))
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        levels = len(self.alpha_bars)
+        table = torch.tensor((1.0, *self.alpha_bars), dtype=torch.float64, device=t.device).log().to(t.dtype)
+        index = torch.ceil(t * levels - 1e-6).clamp(1, levels).long()
+        slope = (table[index] - table[index - 1]) * levels
+        log_alpha_bar = table[index] + slope * (t - index.to(t) / levels)
+        alpha, sigma = torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar).clamp(max=0))
+        d_alpha = slope * alpha / 2
+        return alpha, sigma, d_alpha, -alpha * d_alpha / sigma.clamp(min=1e-12)
+
+    def check_levels(self, num_train_timesteps: int) -> None:
+        """Raise a ValueError unless the table has so many levels."""
+        if len(self.alpha_bars) != num_train_timesteps:
+            raise ValueError(
+                f"`alpha_bars` has {len(self.alpha_bars)} levels, but `num_train_timesteps` is {num_train_timesteps}."
+            )
+
+    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int]:
+        if self.timestep_spacing == "trailing":
+            return super().inference_levels(num_levels, num_inference_steps)
+        stride = num_levels // num_inference_steps
+        return [1 + stride * step for step in reversed(range(num_inference_steps))] + [0]
+
+
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
     "cosine": CosineSchedule,
     "linear": LinearSchedule,
     "variance_exploding": VarianceExplodingSchedule,
     "flow": FlowSchedule,
+    "tabulated": TabulatedSchedule,
 }
 
 
@@ -282,7 +332,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: noise levels of training, evenly spaced in `t`.
-        schedule: `"cosine"`, `"linear"`, `"variance_exploding"` or `"flow"`.
+        schedule: `"cosine"`, `"linear"`, `"variance_exploding"`, `"flow"` or `"tabulated"`.
         schedule_options: fields of the schedule's class, such as `{"min_alpha_bar": 1e-3}`.
         prediction_type: `"epsilon"`, `"sample"`, `"v_prediction"`, `"velocity"` or `"score"`.
         kernel: `"ancestral"`, `"euler_maruyama"`, or `"dpm_solver_2m"`, the second-order multistep solver of the
@@ -300,7 +350,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_train_timesteps: int = 100,
         schedule: str = "cosine",
-        schedule_options: dict[str, float] | None = None,
+        schedule_options: dict[str, Any] | None = None,
         prediction_type: str = "epsilon",
         kernel: str = "ancestral",
         eta: float = 1.0,
@@ -329,6 +379,8 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
                 "without churn), or 'dpm_solver_2m'."
             )
         self.noise_schedule = _noise_schedule(schedule, schedule_options or {})
+        if isinstance(self.noise_schedule, TabulatedSchedule):
+            self.noise_schedule.check_levels(num_train_timesteps)
         self.num_inference_steps: int | None = None
         self._trajectory: DenoisingTrajectory | None = None
         self._previous: tuple[Tensor, Tensor] | None = None  # x0_hat and log-SNR of the step before: multistep solver
@@ -353,9 +405,9 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
             )
         self.num_inference_steps = num_inference_steps
         origin = self.noise_schedule.timestep_origin
-        grid = [round(levels * (1 - step / num_inference_steps)) - origin for step in range(num_inference_steps + 1)]
+        grid = [level - origin for level in self.noise_schedule.inference_levels(levels, num_inference_steps)]
         self._previous = None
-        self._next_timestep = dict(itertools.pairwise(grid))
+        self._next_timestep: dict[float, int] = dict(itertools.pairwise(grid))
         self.timesteps = torch.tensor(grid[:-1], dtype=torch.int64, device=device)
 
     def next_timestep(self, timestep: float | Tensor) -> int:
@@ -536,14 +588,15 @@ def randn(
     return randn_tensor(shape, generator=generator, device=torch.device(device))
 
 
-def _noise_schedule(name: str, options: dict[str, float]) -> NoiseSchedule:
+def _noise_schedule(name: str, options: dict[str, Any]) -> NoiseSchedule:
     known = {option.name for option in fields(cast(Any, SCHEDULES[name]))} - {"timestep_origin"}
     if not options.keys() <= known:
         raise ValueError(
             f"`schedule_options` of {name!r} are {', '.join(sorted(known)) or 'none'}; got "
             f"{', '.join(sorted(options))}."
         )
-    return SCHEDULES[name](**options)
+    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return SCHEDULES[name](**frozen)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

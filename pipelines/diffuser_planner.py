@@ -105,6 +105,11 @@ class DiffuserPlannerPipeline(ControlPipeline):
         return 1
 
     @property
+    def num_past_actions(self) -> int:
+        """0: a plan starts at the current observation."""
+        return 0
+
+    @property
     def latent_dim(self) -> int:
         """Width of one denoised step: the observation's, and the action's unless inverse dynamics give it."""
         return self.observation_dim + (self.action_dim if self.inverse_dynamics is None else 0)

@@ -30,7 +30,7 @@ class PolicyOutput:
         action: the selected action, shape `(B, action_dim)`.
         candidates: first actions of all sequences, shape `(B, num_candidates, action_dim)`.
         values: critic's value of each candidate, shape `(B, num_candidates)`; None without a critic.
-        actions: the selected sequence, shape `(B, horizon, action_dim)`: `action` first.
+        actions: the selected sequence, shape `(B, horizon - num_past_actions, action_dim)`: `action` first.
     """
 
     action: np.ndarray
@@ -50,7 +50,9 @@ class DiffusionPolicyPipeline(ControlPipeline):
         critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
         upsampler: a denoiser whose input holds a draft behind the noisy sequence: it samples sequences of more reward
             than the draft's (section 3.4 of arXiv:2502.12198).
-        horizon: actions of a sequence; the first is executed at the current step.
+        horizon: actions of a sequence.
+        num_past_actions: the first so many actions of a sequence belong to steps before the current one, and are
+            sampled but never executed. 0 in this library's own policies; `num_observation_steps - 1` in LeRobot's.
         num_observation_steps: observations that the policy looks at, the current one last.
         num_inference_steps: default number of denoising steps.
     """
@@ -68,6 +70,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
         horizon: int = 16,
         num_observation_steps: int = 1,
         num_inference_steps: int = 10,
+        num_past_actions: int = 0,
     ) -> None:
         super().__init__()
         for component in (denoiser, normalizer, critic, upsampler):
@@ -75,8 +78,13 @@ class DiffusionPolicyPipeline(ControlPipeline):
         self.register_modules(
             denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic, upsampler=upsampler
         )
+        if not 0 <= num_past_actions < horizon:
+            raise ValueError(f"`num_past_actions` must lie in 0..{horizon - 1}, got {num_past_actions}.")
         self.register_to_config(
-            horizon=horizon, num_observation_steps=num_observation_steps, num_inference_steps=num_inference_steps
+            horizon=horizon,
+            num_observation_steps=num_observation_steps,
+            num_inference_steps=num_inference_steps,
+            num_past_actions=num_past_actions,
         )
 
     @property
@@ -91,6 +99,11 @@ class DiffusionPolicyPipeline(ControlPipeline):
     def num_observation_steps(self) -> int:
         """Observations that the policy looks at."""
         return self.config.num_observation_steps
+
+    @property
+    def num_past_actions(self) -> int:
+        """Actions of a sequence that belong to steps before the current one."""
+        return self.config.num_past_actions
 
     @torch.inference_mode()
     def __call__(
@@ -257,18 +270,21 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """Normalised action sequences and conditions from windows of data.
 
         Args:
-            batch: `actions` `(B, horizon, action_dim)` and `observation_history` `(B, num_observation_steps,
-                observation_dim)`.
+            batch: `actions` `(B, horizon, action_dim)`, the first of them `num_past_actions` steps before now, and
+                `observation_history` `(B, num_observation_steps, observation_dim)`.
             num_context_steps: unused: a policy's context is its observation.
         """
         latents = self.normalizer.normalize_actions(batch["actions"])
         return latents, self.observation_condition(batch["observation_history"])
 
     def decode(self, latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Observations `(B, 1, observation_dim)` and actions `(B, horizon, action_dim)` in the environment's units."""
+        """Observations `(B, 1, observation_dim)` and actions from now on `(B, horizon - num_past_actions, action_dim)`.
+
+        Both are in the environment's units.
+        """
         current = condition["embedding"][:, None, -self.observation_dim :]
         observations = self.normalizer.unnormalize_observations(current)
-        return observations, self.normalizer.unnormalize_actions(latents)
+        return observations, self.normalizer.unnormalize_actions(latents[:, self.num_past_actions :])
 
     def _values(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Critic's value of actions `(B, C, action_dim)` at observations `(B, observation_dim)`, shape `(B, C)`."""

@@ -46,7 +46,9 @@ class DenoisingTrainer(DiffusionTrainer):
     def __init__(self, pipeline: Any, args: DenoisingConfig, *, train_dataset: Any, **kwargs: Any) -> None:
         require_transitions(pipeline)
         super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
-        self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
+        self.windows = self.train_dataset.windows(
+            pipeline.config.horizon, pipeline.num_observation_steps, pipeline.num_past_actions
+        )
 
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size

@@ -74,7 +74,9 @@ class SamplingTrainer(DiffusionTrainer):
         require_transitions(pipeline)
         super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
-        self.windows = self.train_dataset.windows(pipeline.config.horizon, pipeline.num_observation_steps)
+        self.windows = self.train_dataset.windows(
+            pipeline.config.horizon, pipeline.num_observation_steps, pipeline.num_past_actions
+        )
         self._buffer: dict[str, Tensor] = {}
         self._check_reward_function()
 

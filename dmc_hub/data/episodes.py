@@ -127,6 +127,13 @@ class Episodes:
         """Undiscounted return of every episode, float64 of shape `(num_episodes,)`."""
         return np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64)
 
+    def select(self, indices: np.ndarray) -> Episodes:
+        """The episodes at `indices`, integers of shape `(count,)`, in that order (a copy)."""
+        starts, lengths = self.episode_starts[indices], self.episode_lengths[indices]
+        ends = np.cumsum(lengths)
+        rows = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+        return Episodes(**{name: getattr(self, name)[rows] for name in _STEP_FIELDS}, episode_ends=ends)
+
     def transitions(self, indices: np.ndarray | Tensor) -> dict[str, Tensor]:
         """Gather single steps.
 
@@ -146,15 +153,18 @@ class Episodes:
             "terminations": torch.from_numpy(self.terminations[rows].astype(np.float32)),
         }
 
-    def windows(self, horizon: int, num_observation_steps: int = 1) -> Windows:
-        """All windows of `horizon` steps, one starting at every step, with the observations that led there."""
+    def windows(self, horizon: int, num_observation_steps: int = 1, num_past_actions: int = 0) -> Windows:
+        """All windows of `horizon` steps, one starting at every step, with the observations that led there; their
+        actions start `num_past_actions` steps earlier."""
         if horizon < 1 or num_observation_steps < 1:
             raise ValueError(
                 f"`horizon` and `num_observation_steps` must be at least 1, got {horizon} and {num_observation_steps}."
             )
+        if not 0 <= num_past_actions < horizon:
+            raise ValueError(f"`num_past_actions` must lie in 0..{horizon - 1}, got {num_past_actions}.")
         last = np.repeat(self.episode_ends - 1, self.episode_lengths)
         first = np.repeat(self.episode_starts, self.episode_lengths)
-        return Windows(self, horizon, num_observation_steps, first, last)
+        return Windows(self, horizon, num_observation_steps, first, last, num_past_actions)
 
     def to_dataset(self) -> Dataset:
         """The episodes as a `datasets.Dataset` that `from_dataset` reads back to the same arrays."""
@@ -175,6 +185,7 @@ class Windows:
     num_observation_steps: length of the history, the current observation included.
     first_steps: first step of the episode of every step, int64 of shape `(num_steps,)`.
     last_steps: last step of the episode of every step, int64 of shape `(num_steps,)`.
+    num_past_actions: the actions of a window start so many steps before it.
     """
 
     episodes: Episodes
@@ -182,6 +193,7 @@ class Windows:
     num_observation_steps: int
     first_steps: np.ndarray
     last_steps: np.ndarray
+    num_past_actions: int = 0
 
     def __len__(self) -> int:
         return self.episodes.num_steps
@@ -190,7 +202,7 @@ class Windows:
         """Gather windows in one vectorised read.
 
         Past the end of an episode the last next observation is repeated, as an absorbing state, with zero
-        actions and rewards, and `valid` is false.
+        actions and rewards, and `valid` is false. Actions before the start of an episode repeat its first.
 
         Args:
             indices: integer start steps of shape `(batch,)`.
@@ -206,9 +218,11 @@ class Windows:
         valid = steps <= last
         rows = np.minimum(steps, last)
         final = self.episodes.next_observations[last]
+        acting = steps - self.num_past_actions
+        action_rows = np.clip(acting, self.first_steps[starts][:, None], last)
         return {
             "observations": torch.from_numpy(np.where(valid[..., None], self.episodes.observations[rows], final)),
-            "actions": torch.from_numpy(self.episodes.actions[rows] * valid[..., None]),
+            "actions": torch.from_numpy(self.episodes.actions[action_rows] * (acting <= last)[..., None]),
             "rewards": torch.from_numpy(self.episodes.rewards[rows] * valid),
             "observation_history": self.history(starts),
             "valid": torch.from_numpy(valid),

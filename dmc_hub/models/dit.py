@@ -23,6 +23,14 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def positional_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Position embedding of DDPM++ (Song et al., 2021, arXiv:2011.13456) as EDM writes it, cosines first and the
+    slowest frequency left out; shape `(batch,)` to `(batch, dim)`."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, device=timestep.device) / (dim // 2))
+    angles = timestep.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`x (1 + scale) + shift` with one shift and scale per sample: `(batch, tokens, dim)` and `(batch, dim)`."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -36,10 +44,14 @@ def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 class AdaLNZeroBlock(nn.Module):
-    """Self-attention and MLP, each modulated and gated by the embedding; the identity at initialisation."""
+    """Self-attention and MLP, each modulated and gated by the embedding; the identity at initialisation.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    With `normalized_residual` the attention adds to its own normalised input, so that what came before is lost.
+    """
+
+    def __init__(self, dim: int, num_heads: int, normalized_residual: bool = False) -> None:
         super().__init__()
+        self.normalized_residual = normalized_residual
         self.num_heads = num_heads
         self.norm_attention = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(dim, dim * 3)
@@ -57,7 +69,8 @@ class AdaLNZeroBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding).chunk(6, dim=-1)
-        x = x + gate_a[:, None] * self.attention(modulate(self.norm_attention(x), shift_a, scale_a))
+        hidden = modulate(self.norm_attention(x), shift_a, scale_a)
+        x = (hidden if self.normalized_residual else x) + gate_a[:, None] * self.attention(hidden)
         return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
 
 
@@ -82,6 +95,10 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep_dim: width of the sinusoidal time embedding.
         draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
             It enters through weights that start at zero.
+        timestep_embedding: `"sinusoidal"`, or `"positional"` as in CleanDiffuser.
+        position_embedding: of the steps: `"scaled"` to a norm below 1, or plain `"sinusoidal"` or `"positional"` as in
+            versions of CleanDiffuser.
+        normalized_residual: each block adds its attention to its normalised input, as CleanDiffuser's does.
     """
 
     _supports_gradient_checkpointing = False
@@ -96,18 +113,27 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         depth: int = 2,
         timestep_dim: int = 128,
         draft_dim: int = 0,
+        timestep_embedding: str = "sinusoidal",
+        position_embedding: str = "scaled",
+        normalized_residual: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 2:
             raise ValueError(f"`dim` must be even and divisible by `num_heads`, got {dim} and {num_heads}.")
         if timestep_dim % 2:
             raise ValueError(f"`timestep_dim` must be even, got {timestep_dim}: half of it are sines, half cosines.")
+        if timestep_embedding not in ("sinusoidal", "positional"):
+            raise ValueError(f"`timestep_embedding` must be 'sinusoidal' or 'positional', got {timestep_embedding!r}.")
+        if position_embedding not in ("scaled", "sinusoidal", "positional"):
+            raise ValueError(
+                f"`position_embedding` must be 'scaled', 'sinusoidal' or 'positional', got {position_embedding!r}."
+            )
         self.token_projection = nn.Linear(token_dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(timestep_dim, dim), nn.Mish(), nn.Linear(dim, dim), nn.Mish())
         self.condition_embedding = (
             nn.Sequential(nn.Linear(condition_dim, dim), nn.Mish(), nn.Linear(dim, dim)) if condition_dim else None
         )
-        self.blocks = nn.ModuleList(AdaLNZeroBlock(dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(AdaLNZeroBlock(dim, num_heads, normalized_residual) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), _zero_linear(dim, dim * 2))
         self.head = _zero_linear(dim, token_dim)
@@ -128,11 +154,16 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         self._check(sample, condition)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.timestep_dim).to(sample.dtype))
+        kinds = {"positional": positional_embedding}
+        embed = kinds.get(self.config.timestep_embedding, sinusoidal_embedding)
+        embedding = self.time_embedding(embed(timestep, self.config.timestep_dim).to(sample.dtype))
         if self.condition_embedding is not None:
             embedding = embedding + self.condition_embedding(condition)
         steps = torch.arange(sample.shape[1], device=sample.device)
-        positions = sinusoidal_embedding(steps, self.config.dim).to(sample.dtype) / math.sqrt(self.config.dim)
+        locate = kinds.get(self.config.position_embedding, sinusoidal_embedding)
+        positions = locate(steps, self.config.dim).to(sample.dtype)
+        if self.config.position_embedding == "scaled":
+            positions = positions / math.sqrt(self.config.dim)
         sample, draft = sample.split((self.config.token_dim, self.config.draft_dim), dim=-1)
         x = self.token_projection(sample.contiguous()) + positions
         if self.draft_projection is not None:

@@ -25,6 +25,17 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def positional_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Position embedding of DDPM++ (Song et al., 2021, arXiv:2011.13456) as EDM writes it, cosines first and the
+    slowest frequency left out; shape `(batch,)` to `(batch, dim)`."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, device=timestep.device) / (dim // 2))
+    angles = timestep.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+TIMESTEP_EMBEDDINGS = {"sinusoidal": sinusoidal_embedding, "positional": positional_embedding}
+
+
 class ConvBlock(nn.Sequential):
     """Convolution over time, group norm, Mish."""
 
@@ -90,6 +101,9 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kernel_size: of the convolutions over time.
         draft_dim: width of a draft (a cascade's `x^cond`) that each step of the input holds behind its noisy numbers.
             It enters through weights that start at zero.
+        timestep_embedding: `"sinusoidal"` as in Diffuser, or `"positional"` as in CleanDiffuser.
+        timestep_dim: width of the embedding of the timestep; `dim` by default.
+        head_kernel_size: of the head's convolution; `kernel_size` by default.
     """
 
     _supports_gradient_checkpointing = False
@@ -102,15 +116,23 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         kernel_size: int = 5,
         draft_dim: int = 0,
+        timestep_embedding: str = "sinusoidal",
+        timestep_dim: int | None = None,
+        head_kernel_size: int | None = None,
     ) -> None:
         super().__init__()
         if dim % 8:
             raise ValueError(f"`dim` must be divisible by 8, the groups of the normalisation; got {dim}.")
         if kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}: an even one changes the horizon.")
+        if timestep_embedding not in TIMESTEP_EMBEDDINGS:
+            raise ValueError(
+                f"`timestep_embedding` must be one of {', '.join(TIMESTEP_EMBEDDINGS)}; got {timestep_embedding!r}."
+            )
+        self.timestep_dim = dim if timestep_dim is None else timestep_dim
         widths = [transition_dim, *(dim * mult for mult in dim_mults)]
         pairs = list(itertools.pairwise(widths))
-        self.time_embedding = nn.Sequential(nn.Linear(dim, dim * 4), nn.Mish(), nn.Linear(dim * 4, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(self.timestep_dim, dim * 4), nn.Mish(), nn.Linear(dim * 4, dim))
 
         self.down = nn.ModuleList()
         for level, (in_channels, out_channels) in enumerate(pairs):
@@ -122,7 +144,9 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for in_channels, out_channels in reversed(pairs[1:]):
             double = nn.ConvTranspose1d(in_channels, in_channels, 4, 2, 1)
             self.up.append(Level(out_channels * 2, in_channels, dim, kernel_size, double))
-        self.head = nn.Sequential(ConvBlock(dim, dim, kernel_size), nn.Conv1d(dim, transition_dim, 1))
+        self.head = nn.Sequential(
+            ConvBlock(dim, dim, head_kernel_size or kernel_size), nn.Conv1d(dim, transition_dim, 1)
+        )
         self.draft_projection = _zero_conv(draft_dim, widths[1], kernel_size) if draft_dim else None
 
     def forward(
@@ -148,7 +172,8 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if condition is not None:
             raise ValueError("`condition` must be None: TemporalUnet is conditioned by in-painting.")
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.dim).to(sample.dtype))
+        embed = TIMESTEP_EMBEDDINGS[self.config.timestep_embedding]
+        embedding = self.time_embedding(embed(timestep, self.timestep_dim).to(sample.dtype))
         x, draft = sample.transpose(1, 2).split((self.config.transition_dim, self.config.draft_dim), dim=1)
         extra = None if self.draft_projection is None else self.draft_projection(draft)
         skips = []

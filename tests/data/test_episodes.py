@@ -222,3 +222,13 @@ def test_episodes_must_be_contiguous_and_ended() -> None:
         Episodes.from_dataset(from_rows(truncations=[False] * 5))
     with pytest.raises(ValueError, match="terminates or truncates inside an episode: episode 0, step 1"):
         Episodes.from_dataset(from_rows(terminations=[False, True, True, False, False]))
+
+
+def test_actions_of_a_window_may_start_before_it() -> None:
+    episodes = make_episodes()  # lengths 3 and 2; action of step i is -i - 1
+    batch = episodes.windows(4, num_past_actions=2).gather(np.array([0, 1, 2, 3, 4]))
+    expected = [[-1, -1, -1, -2], [-1, -1, -2, -3], [-1, -2, -3, 0], [-4, -4, -4, -5], [-4, -4, -5, 0]]
+    assert batch["actions"][..., 0].tolist() == expected
+    assert batch["observations"][:, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"`num_past_actions` must lie in 0..3, got 4"):
+        episodes.windows(4, num_past_actions=4)

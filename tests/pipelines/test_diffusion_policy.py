@@ -331,3 +331,15 @@ def test_a_history_of_observations_conditions_the_policy() -> None:
     np.testing.assert_allclose(observations[:, 0], history[:, -1], atol=1e-6)
     with pytest.raises(ValueError, match=r"`observation` must have shape \(2, 3\) or \(batch, 2, 3\), got \(3,\)"):
         pipeline(history[0, 0])
+
+
+def test_actions_of_the_past_are_sampled_but_not_executed() -> None:
+    plain = tiny()
+    parts = {name: part for name, part in plain.components.items() if name != "upsampler"}
+    shifted = DiffusionPolicyPipeline(**parts, horizon=4, num_inference_steps=5, num_past_actions=1)
+    shifted.set_progress_bar_config(disable=True)
+    observation = np.zeros((2, 3), np.float32)
+    whole, future = (pipeline(observation, num_candidates=1, generator=0).actions for pipeline in (plain, shifted))
+    np.testing.assert_array_equal(future, whole[:, 1:])
+    with pytest.raises(ValueError, match=r"`num_past_actions` must lie in 0..3, got 4"):
+        DiffusionPolicyPipeline(**parts, horizon=4, num_past_actions=4)
