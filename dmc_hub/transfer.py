@@ -40,7 +40,7 @@ NUM_TRIES = 5
 REQUEST_SECONDS = 120.0
 """How long a request may go without a byte; huggingface_hub itself waits for ever."""
 MAX_MANIFEST_BYTES = 4 << 20
-SUFFIXES = (".safetensors", ".json", ".py", ".md", ".png", ".gif", ".mp4")
+SUFFIXES = (".safetensors", ".parquet", ".json", ".py", ".md", ".png", ".gif", ".mp4")
 """Kinds of files that travel. None is ever unpickled."""
 _PERMANENT = (400, 401, 402, 403, 404, 413)
 
@@ -122,11 +122,12 @@ def push(
     repo_id: str,
     *,
     message: str,
+    repo_type: str = "model",
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Make a model repo hold the bundle, in one commit; returns the hash of the commit that does.
+    """Make a repo hold the bundle, in one commit; returns the hash of the commit that does.
 
     Files of an earlier bundle that this one lacks are deleted; what never was in a manifest is left alone. Where the
     repo already holds the bundle nothing is committed, so that repeating a push is safe.
@@ -135,6 +136,7 @@ def push(
         bundle: what to push.
         repo_id: `user/name`; created if it is not there.
         message: of the commit.
+        repo_type: "model" or "dataset".
         private: visibility of a new repo; the namespace's default if None.
         revision: branch; main by default. A new one starts at main.
         token: by default the one that is logged in.
@@ -145,55 +147,68 @@ def push(
     """
     _check_repo_id(repo_id)
     files = bundle.with_manifest()
-    api = HfApi(token=token)
+    repo = _Repo(HfApi(token=token), repo_id, repo_type, revision)
     try:
         with _limited_waiting():
-            _repeated(lambda: _open(api, repo_id, private, revision))
-            return _repeated(lambda: _commit_difference(api, repo_id, files, message, revision))
+            _repeated(lambda: repo.open(private))
+            return _repeated(lambda: repo.commit_difference(files, message))
     except Exception as error:
         tried = f"did not take the commit in {NUM_TRIES} tries" if _may_pass(error) else "was not changed"
         raise _explained(error, f"`{repo_id}` {tried}") from error
 
 
-def _open(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> None:
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+@dataclass(frozen=True)
+class _Repo:
+    """A branch of a repo that is pushed to."""
 
+    api: HfApi
+    repo_id: str
+    repo_type: str
+    revision: str | None
 
-def _commit_difference(
-    api: HfApi, repo_id: str, files: Mapping[str, Path | bytes], message: str, revision: str | None
-) -> str:
-    """Commit what differs between the head and `files`, then read the new head; the hash once nothing differs."""
-    for _ in range(2):
-        head = api.repo_info(repo_id, revision=revision).sha
-        assert head is not None
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
-        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        added = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
-            for name, content in files.items()
-            if name not in remote or not _is_same(remote[name], content)
-        ]
-        if not added:
-            return head
-        gone = _files_of_last_bundle(api, repo_id, head, remote) & (remote.keys() - files.keys())
-        removed = [CommitOperationDelete(path_in_repo=name) for name in sorted(gone)]
-        api.create_commit(
-            repo_id, [*added, *removed], commit_message=message, revision=revision, parent_commit=head, num_threads=2
+    def open(self, private: bool | None) -> None:
+        """Create what is not there."""
+        self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=private, exist_ok=True)
+        if self.revision is not None:
+            self.api.create_branch(self.repo_id, repo_type=self.repo_type, branch=self.revision, exist_ok=True)
+
+    def commit_difference(self, files: Mapping[str, Path | bytes], message: str) -> str:
+        """Commit what differs between the head and `files`, then read the new head; the hash once nothing differs."""
+        for _ in range(2):
+            head = self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.revision).sha
+            assert head is not None
+            tree = self.api.list_repo_tree(self.repo_id, repo_type=self.repo_type, recursive=True, revision=head)
+            remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            added = [
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+                for name, content in files.items()
+                if name not in remote or not _is_same(remote[name], content)
+            ]
+            if not added:
+                return head
+            gone = self._files_of_last_bundle(head, remote) & (remote.keys() - files.keys())
+            self.api.create_commit(
+                self.repo_id,
+                [*added, *(CommitOperationDelete(path_in_repo=name) for name in sorted(gone))],
+                commit_message=message,
+                repo_type=self.repo_type,
+                revision=self.revision,
+                parent_commit=head,
+                num_threads=2,
+            )
+        raise ConnectionError("the repo does not hold what was committed: another push, or a fault of the server")
+
+    def _files_of_last_bundle(self, head: str, remote: Mapping[str, RepoFile]) -> set[str]:
+        """What the manifest in the repo lists; nothing if there is none that can be read."""
+        if MANIFEST_NAME not in remote or remote[MANIFEST_NAME].size > MAX_MANIFEST_BYTES:
+            return set()
+        path = hf_hub_download(
+            self.repo_id, MANIFEST_NAME, repo_type=self.repo_type, revision=head, token=self.api.token
         )
-    raise ConnectionError("the repo does not hold what was committed: another push, or a fault of the server")
-
-
-def _files_of_last_bundle(api: HfApi, repo_id: str, head: str, remote: Mapping[str, RepoFile]) -> set[str]:
-    """What the manifest in the repo lists; nothing if there is none that can be read."""
-    if MANIFEST_NAME not in remote or remote[MANIFEST_NAME].size > MAX_MANIFEST_BYTES:
-        return set()
-    path = hf_hub_download(repo_id, MANIFEST_NAME, revision=head, token=api.token)
-    try:
-        return set(checkpoint.read_manifest(Path(path).parent).files)
-    except CheckpointError:
-        return set()
+        try:
+            return set(checkpoint.read_manifest(Path(path).parent).files)
+        except CheckpointError:
+            return set()
 
 
 def _is_same(remote: RepoFile, content: Path | bytes) -> bool:

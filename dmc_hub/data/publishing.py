@@ -18,10 +18,10 @@ import datasets
 import jinja2
 import numpy as np
 from datasets.info import DatasetInfosDict
-from huggingface_hub import CommitOperationAdd, DatasetCardData, HfApi
+from huggingface_hub import DatasetCardData
 from huggingface_hub.utils._validators import validate_repo_id
 
-from dmc_hub import checkpoint
+from dmc_hub import checkpoint, transfer
 from dmc_hub.data.episodes import COLUMNS, Episodes
 from dmc_hub.data.nav1d import NAV1D_VARIANTS, make_nav1d_dataset
 from dmc_hub.data.preferences import make_preference_pairs
@@ -171,34 +171,30 @@ def push_dataset(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a folder of `save_dataset` as one commit, and return the commit's address.
-
-    Only what the folder's manifest lists is uploaded, after its checksums have been compared; the token and the
-    repository are checked first.
+    """Push a folder of `save_dataset`, only what its manifest lists, in one commit; returns the commit's hash.
 
     Raises:
         CheckpointError: the folder is not complete or was changed.
+        ValueError: it holds symlinks, or `repo_id` is not the name of a repo.
+        HubError: the push failed; see `dmc_hub.transfer.push`. The repo is as it was then.
     """
     folder = Path(folder)
     manifest = checkpoint.verify(folder)
-    api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    paths = sorted([*manifest.files, checkpoint.MANIFEST_NAME])
-    linked = [path for path in paths if (folder / path).is_symlink()]
-    if linked:
-        raise checkpoint.CheckpointError(f"`{folder}` holds symbolic links, {linked[0]}: copy the files themselves.")
-    commit = api.create_commit(
+    files = {name: folder / name for name in manifest.files}
+    bundle = transfer.Bundle(files, manifest.metadata, manifest.library_version)
+    return transfer.push(
+        bundle,
         repo_id,
-        [CommitOperationAdd(path, folder / path) for path in paths],
-        commit_message="Upload dataset",
+        message="Upload dataset",
         repo_type="dataset",
+        private=private,
         revision=revision,
+        token=token,
     )
-    return str(commit.commit_url)
 
 
 def load_episodes(

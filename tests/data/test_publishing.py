@@ -1,11 +1,7 @@
 """Saved datasets are read back by `datasets` alone, streamed or not, and cards hold no surprises."""
 
-import base64
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,6 @@ import numpy as np
 import pytest
 from huggingface_hub import DatasetCard
 
-from dmc_hub import checkpoint
 from dmc_hub.data import (
     DatasetCardText,
     DatasetConfig,
@@ -25,7 +20,6 @@ from dmc_hub.data import (
     make_nav1d_dataset,
     make_preference_pairs,
     preference_features,
-    push_dataset,
     save_dataset,
     split_episodes,
 )
@@ -192,88 +186,6 @@ def test_wrong_configurations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must not be empty, but \['train'\] are"):
         DatasetConfig("c", "", {"train": data.select([])})
     assert not (tmp_path / "d").exists()
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """Keeps the files of a commit, all of them sent inline."""
-
-    files: dict[str, bytes]
-    requests: list[str]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.requests.append(self.path)
-        if self.path.endswith("/create"):
-            self._answer({"url": "http://127.0.0.1/datasets/someone/walks"})
-        elif self.path.endswith("/validate-yaml"):
-            self._answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            modes = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-            self._answer({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
-        else:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._answer(
-                {
-                    "commitUrl": "http://127.0.0.1/datasets/someone/walks/commit/1",
-                    "commitOid": "1",
-                    "pullRequestUrl": None,
-                }
-            )
-
-    def _answer(self, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
-    handler = type("Hub", (_Hub,), {"files": {}, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_push_uploads_what_the_manifest_lists_and_no_more(hub: type[_Hub], tmp_path: Path) -> None:
-    folder, copy = tmp_path / "d", tmp_path / "downloaded"
-    data = make_nav1d_dataset("full", num_episodes=4)
-    save_dataset(folder, [DatasetConfig("walks", "walks", {"train": data})], TEXT)
-    (folder / ".env").write_text("SECRET=1")
-    push_dataset(folder, "someone/walks", token="hf_x")
-    assert sorted(hub.files) == [
-        "README.md",
-        "data/walks/train-00000-of-00001.parquet",
-        "manifest.json",
-        "statistics.json",
-    ]
-    for name, content in hub.files.items():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes(content)
-    assert_same_rows(load_episodes(copy), Episodes.from_dataset(data))
-
-
-def test_push_refuses_a_changed_folder_before_it_talks_to_the_hub(hub: type[_Hub], tmp_path: Path) -> None:
-    save_dataset(tmp_path / "d", [DatasetConfig("c", "", {"train": make_nav1d_dataset("full", num_episodes=2)})], TEXT)
-    (shard,) = (tmp_path / "d").glob("data/c/*.parquet")
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(checkpoint.CheckpointError, match="truncated"):
-        push_dataset(tmp_path / "d", "someone/walks", token="hf_x")
-    assert hub.requests == []
 
 
 def test_episode_columns_keep_their_types(nav1d_folder: Path) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -133,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         "create": r"POST /api/repos/create",
         "branch": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)",
         "yaml": r"POST /api/validate-yaml",
-        "tree": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)",
+        "tree": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?",
         "preupload": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
         "commit": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
         "info": r"GET /api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?",
@@ -154,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
             body = self._read_chunks()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        matches = {kind: re.fullmatch(route, f"{self.command} {url.path}") for kind, route in self.ROUTES.items()}
+        path = re.sub("^(/api)?/datasets/", lambda found: "/api/models/" if found[1] else "/", url.path)
+        matches = {kind: re.fullmatch(route, f"{self.command} {path}") for kind, route in self.ROUTES.items()}
         kind, match = next(((k, m) for k, m in matches.items() if m is not None), ("", None))
         if match is None:
             return self.answer(404, {"error": f"no route for {self.command} {url.path}"})
@@ -276,14 +278,19 @@ class Handler(BaseHTTPRequestHandler):
         info = {"id": repo, "modelId": repo, "sha": found[1].sha, "private": found[0].private, "siblings": siblings}
         return self.answer(200, {**info, "tags": [], "downloads": 0, "likes": 0})
 
-    def on_tree(self, body: bytes, repo: str, revision: str) -> None:
+    def on_tree(self, body: bytes, repo: str, revision: str, path: str = "") -> None:
         if (found := self.found(repo, revision)) is None:
             return None
-        folders = sorted({name.rpartition("/")[0] for name in found[1].files} - {""})
+        prefix = f"{path}/" if path else ""
+        files = {name: content for name, content in found[1].files.items() if name.startswith(prefix)}
+        folders = {str(parent) for name in files for parent in PurePosixPath(name).parents} - {".", path}
+        if self.query.get("recursive") != ["true"]:
+            files = {name: content for name, content in files.items() if "/" not in name[len(prefix) :]}
+            folders = {name for name in folders if name.startswith(prefix) and "/" not in name[len(prefix) :]}
         entries: list[dict[str, Any]] = [
-            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders
+            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)
         ]
-        entries += [{"type": "file", "path": n, "oid": git_hash(c), **_entry(n, c)} for n, c in found[1].files.items()]
+        entries += [{"type": "file", "path": n, "oid": git_hash(c), **_entry(n, c)} for n, c in files.items()]
         return self.answer(200, entries)
 
     def on_preupload(self, body: bytes, repo: str, revision: str) -> None:
