@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmc_hub.control_pipeline import adaptable_modules
+from dmc_hub.adapters import adaptable_modules
 from dmc_hub.models.dit import DiffusionTransformer1D
 from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.models.temporal_unet import TemporalUnet

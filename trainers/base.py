@@ -32,8 +32,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 from dmc_hub import checkpoint
+from dmc_hub.adapters import PEFT_PREFIX
 from dmc_hub.checkpoint import CheckpointError
-from dmc_hub.control_pipeline import PEFT_PREFIX
 from dmc_hub.publish import ADAPTER_WEIGHTS
 from dmc_hub.trainers.loop import (
     MicroSteps,

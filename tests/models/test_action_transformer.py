@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dmc_hub.control_pipeline import adaptable_modules
+from dmc_hub.adapters import adaptable_modules
 from dmc_hub.models.action_transformer import ActionTransformer, sinusoidal_embedding
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dmc_hub.control_pipeline import adaptable_modules
+from dmc_hub.adapters import adaptable_modules
 from dmc_hub.models.conditional_unet import ConditionalUnet1D, FiLMResidualBlock
 
 

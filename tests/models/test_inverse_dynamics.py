@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from dmc_hub.control_pipeline import adaptable_modules
+from dmc_hub.adapters import adaptable_modules
 from dmc_hub.models.inverse_dynamics import InverseDynamics
 
 
