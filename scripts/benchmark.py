@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from dmc_hub import __version__, checkpoint
+from dmc_hub.arguments import AlignArguments
 from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
-from dmc_hub.commands import AlignArguments
 from dmc_hub.recipes import shared_foundation
 
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}

@@ -431,7 +431,7 @@ def test_the_command_saves_a_pipeline_that_the_adapter_still_fits(
     pipeline.save_pretrained(tmp_path / "foundation")
     pipeline.add_lora(LoraConfig(r=4, init_lora_weights=False))
     pipeline.save_lora_weights(tmp_path / "adapter")
-    arguments = commands.CascadeArguments(
+    arguments = CascadeArguments(
         task="nav1d-full", pipeline=str(tmp_path / "foundation"), adapter=str(tmp_path / "adapter")
     )
     settings = {**QUIET, **SMALL, "max_steps": 1, "output_dir": str(tmp_path / "cascade")}
