@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from dmc_hub import DiffusionPolicyPipeline, commands
+from dmc_hub.arguments import CascadeArguments
 from dmc_hub.checkpoint import CheckpointError
 from dmc_hub.data import Episodes
 from dmc_hub.presets import SAMPLERS
