@@ -30,6 +30,7 @@ _REPORT_TYPES: dict[str, Any] = {
     "methods": str,
     "command": str,
     "base_fingerprint": str,
+    "pipeline_folder": str,
     "num_candidates": int,
     "episodes": int,
     "return_before": float,

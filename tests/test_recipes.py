@@ -93,7 +93,7 @@ def test_a_cascade_is_trained_evaluated_and_saved_in_the_pipeline(run: Path, tmp
     assert cascaded["before"] == plain["before"]
     assert cascaded["after"] != plain["after"]
     assert "1 × up-sampled" in (tmp_path / "run" / "report.md").read_text()
-    assert 'from_pretrained("pipeline-after")' in (tmp_path / "run" / "README.md").read_text()
+    assert 'load_pipeline("pipeline-after")' in (tmp_path / "run" / "README.md").read_text()
     pipeline = load_pipeline(tmp_path / "run" / "pipeline-after")
     pipeline.load_lora_weights(tmp_path / "run" / "adapter")
     observation, _ = gymnasium.make("dmc_hub/Nav1D-v0").reset(seed=0)
@@ -269,7 +269,7 @@ def test_an_online_run_collects_between_its_stages(
     log = [json.loads(line) for line in (tmp_path / "alignment_log.jsonl").read_text().splitlines()]
     assert [row["name"] for row in log] == ["foundation", "sft", "online", "sft", "end"]
     assert "| 2 | 6 | 0 |" in (tmp_path / "report.md").read_text()
-    assert 'from_pretrained("pipeline-after")' in (tmp_path / "README.md").read_text()
+    assert 'load_pipeline("pipeline-after")' in (tmp_path / "README.md").read_text()
     assert json.loads((run / "report.json").read_text())["collections"] == []
     folders = ["--pipeline", str(tmp_path / "pipeline-after"), "--adapter", str(tmp_path / "adapter")]
     capsys.readouterr()

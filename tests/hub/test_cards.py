@@ -20,6 +20,7 @@ def evaluation(num_candidates: int, before: tuple[float, float], after: tuple[fl
     return {
         "action_selection": "greedy",
         "num_candidates": num_candidates,
+        "num_upsampling_passes": 0,
         "before": {"mean": before[0], "std": before[1], "share_of_optimum": before[0] / 7.38},
         "after": {"mean": after[0], "std": after[1], "share_of_optimum": after[0] / 7.38},
         "coherency_before": 0.9,
@@ -62,6 +63,8 @@ REPORT: dict[str, Any] = {
             "reason": "before alignment",
         }
     ],
+    "collections": [],
+    "pipeline_folder": "pipeline",
     "wall_seconds": 12.0,
     "machine": "a machine",
 }
