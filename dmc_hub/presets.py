@@ -129,6 +129,7 @@ def nav1d(
     sampler: str = "ddpm",
     *,
     critic: Mapping[str, float] = types.MappingProxyType({}),
+    policy_rl: str = "reward_gradient",
     max_policy_coherency_drop: float = 0.1,
 ) -> Preset:
     """Nav1D with a planner (16 candidates per decision) or a policy (8).
@@ -137,6 +138,7 @@ def nav1d(
         controller: one of `CONTROLLERS`.
         sampler: one of `SAMPLERS`.
         critic: settings of `IQLTrainer` that differ from those of the three datasets.
+        policy_rl: the first of a policy's methods.
         max_policy_coherency_drop: `max_coherency_drop` of a policy, whose coherency (Eq. 16) is the density of its
             actions in the data relative to the likeliest one's.
 
@@ -158,7 +160,7 @@ def nav1d(
             build_pipeline=functools.partial(build_nav1d_policy, sampler=sampler),
             foundation={"max_steps": 2000, "per_device_train_batch_size": 512},
             critic=critic_settings,
-            methods=("reward_gradient", "dpo", "sft"),
+            methods=(policy_rl, "dpo", "sft"),
             stages={
                 "ddpo": {"max_steps": 300},
                 "reward_gradient": {"max_steps": 150},
@@ -194,9 +196,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 # Uniform actions cover every state, so that the expectile may come close to the maximum; on the expert's narrow data
 # 0.99 makes the critic overrate what it never saw. In the partial data poor actions are the likelier ones: a policy
-# that prefers better ones is bound to lose coherency.
+# that prefers better ones is bound to lose coherency, the less the smaller its steps.
 PRESETS: dict[str, Callable[[str, str], Preset]] = {
     "nav1d-full": functools.partial(nav1d, critic={"expectile": 0.99, "discount": 1.0}),
-    "nav1d-partial": functools.partial(nav1d, max_policy_coherency_drop=0.75),
+    "nav1d-partial": functools.partial(nav1d, policy_rl="nft", max_policy_coherency_drop=0.85),
     "nav1d-expert": nav1d,
 }
