@@ -202,8 +202,8 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_sca
         f"seed(s), {num_episodes} evaluation episodes each, for at most {NUM_STAGES} stages (`joint`: one, as "
         "long as a pass of the sequence), and stops by itself when a pass gains less than 1 %. ± is the standard "
         "deviation over episodes, mean over the training seeds.",
-        "command": "dmc-hub ablate-alignment --output-dir runs/nav1d-ablation"
-        + ("" if training_scale == 1 else " --quick"),
+        "command": f"dmc-hub ablate-alignment --output-dir runs/nav1d-ablation --num-episodes {num_episodes}"
+        f"{'' if training_scale == 1 else ' --quick'}",
         "table": "\n".join(lines),
         "notes": [
             "`best of many`: 16 candidates of a planner, 8 of a policy, the best by the critic.",
