@@ -134,9 +134,7 @@ class AdaptableController:
         }
         _save_atomically({f"{prefix}.{n}": t for n, t in state.items()}, folder / DIFFUSERS_ADAPTER_WEIGHTS, metadata)
         _save_atomically({f"{PEFT_PREFIX}{n}": t for n, t in state.items()}, folder / ADAPTER_WEIGHTS, metadata)
-        temporary = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
-        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, folder / ADAPTER_CONFIG)
+        checkpoint.write_text(folder / ADAPTER_CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def load_lora_weights(
         self,

@@ -72,6 +72,11 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def pictures_in(run: Path) -> dict[str, Path]:
+    """The pictures that a run has left, by name."""
+    return {name: run / name for name in PICTURES if (run / name).is_file()}
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"it holds {name}")
 

@@ -364,8 +364,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def save_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON; floats keep every bit."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """`write_text` of `content` as JSON; floats keep every bit."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def load_json(path: Path) -> Any:

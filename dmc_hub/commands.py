@@ -76,7 +76,7 @@ def card(arguments: CardArguments) -> None:
     if not (run / cards.REPORT_NAME).is_file():
         raise FileNotFoundError(f"`run` {run} has no {cards.REPORT_NAME}.")
     report = cards.read_report(run / cards.REPORT_NAME)
-    pictures = [name for name in cards.PICTURES if (run / name).is_file()]
+    pictures = list(cards.pictures_in(run))
     if arguments.kind == "adapter":
         text = cards.adapter_card(report, repo_id=arguments.repo_id, base_model=arguments.base_model, pictures=pictures)
     else:

@@ -181,7 +181,7 @@ def _report_of(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Path]]:
     run = folder.absolute().parent
     if not (run / cards.REPORT_NAME).is_file():
         return None, {}
-    return cards.read_report(run / cards.REPORT_NAME), {n: run / n for n in cards.PICTURES if (run / n).is_file()}
+    return cards.read_report(run / cards.REPORT_NAME), cards.pictures_in(run)
 
 
 def _push(bundle: Bundle, repo_id: str, message: str, options: Mapping[str, Any]) -> Published:

@@ -507,9 +507,7 @@ def _claim(output_dir: Path, settings: RunSettings) -> None:
     """Write down the settings of a new run, or compare with those of the run that is there."""
     path, ours = output_dir / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
     if not path.is_file():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        checkpoint.save_json(temporary, ours)
-        os.replace(temporary, path)
+        checkpoint.save_json(path, ours)
         return
     theirs = checkpoint.load_json(path)
     if not isinstance(theirs, dict):

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -411,11 +411,15 @@ class SequentialAligner:
             trainer.train(resume_from_checkpoint=newest is not None)
 
     def _conditions(self) -> dict[str, Tensor]:
-        """The same 64 conditions from the logged data in every validation."""
+        """The same in every validation."""
+        return self.pipeline.observation_condition(self._observations.to(self.pipeline.denoiser.device))
+
+    @cached_property
+    def _observations(self) -> Tensor:
+        """64 observations from the logged data."""
         windows = self.train_dataset.windows(self.pipeline.config.horizon, self.pipeline.num_observation_steps)
         generator = torch.Generator().manual_seed(self.config.seed)
-        rows = torch.randint(len(windows), (64,), generator=generator)
-        return self.pipeline.observation_condition(windows.history(rows).to(self.pipeline.denoiser.device))
+        return windows.history(torch.randint(len(windows), (64,), generator=generator))
 
     def _finish(self, result: StageResult) -> None:
         """Remember the stage, and the adapter if it is the best so far; write both in one step."""
@@ -444,9 +448,7 @@ class SequentialAligner:
         rows.sort(key=lambda row: row["stage"])  # stable: a collection stands before the stage that it precedes
         if self.end_reason:
             rows.append({"name": "end", "decision": "stopped", "reason": self.end_reason})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _resume(self) -> None:
         """Take up the finished stages of an earlier run in the same folder."""
@@ -584,9 +586,7 @@ class _StageWatch(TrainerCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.best is not None and self.best[0].step == step:
             checkpoint.save_tensors(self._best_file(step), self.best[1])
-        temporary = self.folder / f".validations.json.{os.getpid()}"
-        checkpoint.save_json(temporary, [dataclasses.asdict(row) for row in self.validations])
-        os.replace(temporary, self.folder / "validations.json")
+        checkpoint.save_json(self.folder / "validations.json", [dataclasses.asdict(row) for row in self.validations])
 
 
 def _result(stage: int, name: str, decision: str, reason: str, measured: Measured, **others: Any) -> StageResult:

@@ -129,8 +129,7 @@ class CascadeTrainer(CandidatesTrainer):
             "targets": buffer["samples"][groups, buffer["best"][groups]],
             "drafts": buffer["samples"][groups, others],
             **pack("condition", {name: value[groups] for name, value in condition.items()}),
-            "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
-            "noise": torch.randn(self.pipeline.latent_shape(size), generator=generator),
+            **self.noise_levels(size, generator),
         }
 
     def compute_loss(

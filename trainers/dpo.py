@@ -148,8 +148,7 @@ class DiffusionDPOTrainer(CandidatesTrainer):
         rows = torch.randint(self.args.num_conditions, (size,), generator=generator).to(self.args.device)
         return {
             **{name: value[rows] for name, value in buffer.items()},
-            "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
-            "noise": torch.randn(self.pipeline.latent_shape(size), generator=generator),
+            **self.noise_levels(size, generator),
         }
 
     def compute_loss(

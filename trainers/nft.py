@@ -127,8 +127,7 @@ class NFTTrainer(SamplingTrainer):
         rows = torch.randint(count, (size,), generator=generator).to(self.args.device)
         return {
             **{name: value[rows] for name, value in buffer.items()},
-            "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
-            "noise": torch.randn(self.pipeline.latent_shape(size), generator=generator),
+            **self.noise_levels(size, generator),
         }
 
     def compute_loss(

@@ -61,8 +61,7 @@ class RewardGradientTrainer(TruncatedTrainer):
         return {
             **pack("condition", self.conditions(size, generator)),
             **pack("data", batch),
-            "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
-            "noise": torch.randn(self.pipeline.latent_shape(size), generator=generator),
+            **self.noise_levels(size, generator),
         }
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -127,6 +127,13 @@ class SamplingTrainer(DiffusionTrainer):
         """Checked rewards `(B,)` of normalised samples."""
         return call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
 
+    def noise_levels(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What noises `size` samples: their `timesteps` and `noise`."""
+        return {
+            "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
+            "noise": torch.randn(self.pipeline.latent_shape(size), generator=generator),
+        }
+
     def advantages(self, rewards: Tensor, group_size: int, scale: Literal["group", "global", "none"]) -> Tensor:
         """`group_advantages` of this process's rewards `(B,)`, in the scale of those of all processes."""
         everyone = group_advantages(self.accelerator.gather(rewards), group_size, scale=scale)

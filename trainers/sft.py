@@ -110,8 +110,7 @@ class SFTTrainer(SamplingTrainer):
         rows = accepted[torch.randint(len(accepted), (size,), generator=generator).to(accepted.device)]
         return {
             **{name: value[rows] for name, value in buffer.items()},
-            "timesteps": self.pipeline.scheduler.sample_timesteps(size, generator),
-            "noise": torch.randn(self.pipeline.latent_shape(size), generator=generator),
+            **self.noise_levels(size, generator),
         }
 
     def compute_loss(

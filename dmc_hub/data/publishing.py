@@ -5,23 +5,20 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import jinja2
 import numpy as np
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from huggingface_hub.utils._validators import validate_repo_id
 
-from dmc_hub import checkpoint, transfer
+from dmc_hub import cards, checkpoint, transfer
 from dmc_hub.data.episodes import COLUMNS, Episodes
 from dmc_hub.data.nav1d import NAV1D_VARIANTS, make_nav1d_dataset
 from dmc_hub.data.preferences import make_preference_pairs
@@ -277,23 +274,14 @@ def _card(configs: Sequence[DatasetConfig], text: DatasetCardText, statistics: M
     rows = [
         {
             "name": config.name,
-            "summary": _plain(config.summary),
+            "summary": config.summary,
             "is_episodes": set(COLUMNS) <= set(next(iter(config.splits.values())).column_names),
             "splits": [_split_row(split, statistics[config.name][split]) for split in config.splits],
         }
         for config in configs
     ]
-    source = (resources.files("dmc_hub.model_cards") / "dataset.md.jinja").read_text()
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(source).render(
-        metadata=_metadata(configs, text),
-        title=_plain(text.title),
-        description=_plain(text.description),
-        repo_id=text.repo_id,
-        command=_code(text.command),
-        scores={_plain(name): score for name, score in text.scores.items()},
-        configs=rows,
-    )
+    values = {"metadata": cards.Verbatim(_metadata(configs, text)), "text": text, "configs": rows}
+    return cards.render("dataset.md.jinja", values)
 
 
 def _split_row(name: str, statistics: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,13 +323,3 @@ def _info(config: DatasetConfig) -> datasets.DatasetInfo:
     for name, dataset in config.splits.items():
         splits.add(datasets.SplitInfo(name, num_examples=len(dataset)))
     return datasets.DatasetInfo(features=next(iter(config.splits.values())).features, splits=splits)
-
-
-def _plain(text: str) -> str:
-    """User text as one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def _code(text: str) -> str:
-    """User text inside a code block, which it cannot end."""
-    return " ".join(text.split()).replace("`", "'")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
 
+from dmc_hub import portable
 from dmc_hub.agent import Agent
 from dmc_hub.envs import nav1d
 from dmc_hub.hub import load_pipeline
@@ -199,9 +199,8 @@ def draw_candidates(walk: Walks, step: int) -> np.ndarray:
 def _fingerprint(adapter: Path) -> str | None:
     """Of the base that an adapter was trained on; None where there is no adapter to read."""
     try:
-        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-            return (file.metadata() or {}).get("base_fingerprint")
-    except (OSError, SafetensorError):
+        return portable.read_metadata(adapter / ADAPTER_WEIGHTS).get("base_fingerprint")
+    except (OSError, portable.UnreadableRepoError):
         return None
 
 
