@@ -78,6 +78,13 @@ class AlignmentConfig:
         default=None,
         metadata={"help": "States whose candidates spread less than this share of the foundation's are not kept."},
     )
+    bound_bisections: int = field(
+        default=3,
+        metadata={
+            "help": "Where a stage leaves a bound, the way there from its best state is halved so many times, to end "
+            "close to the bound."
+        },
+    )
     collapse_drop: float = field(
         default=0.2, metadata={"help": "A return below (1 - this) times the best is a collapse and ends the stage."}
     )
@@ -101,7 +108,14 @@ class AlignmentConfig:
         for name in ("max_passes", "validations_per_stage", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("min_gain", "max_return_drop", "max_coherency_drop", "collapse_drop", "num_retries"):
+        for name in (
+            "min_gain",
+            "max_return_drop",
+            "max_coherency_drop",
+            "collapse_drop",
+            "num_retries",
+            "bound_bisections",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         for name in ("max_divergence", "spike_factor"):
@@ -163,8 +177,9 @@ class SequentialAligner:
     The controller is validated as a stage goes on. A stage ends when its steps are done, when it has converged, when it
     has left a bound (coherency, divergence from the foundation, diversity) or when it has collapsed (NaN, a spike of
     the gradient, a lost return); the best of its states within the bounds goes on, or the state before it if there is
-    none. A collapsed stage is tried again at a lower learning rate. Passes go on until one gains next to nothing, and
-    the best state of all is restored.
+    none. The states between the best one and one that left a bound are searched by bisection: adapters in between cost
+    a validation, and no training. A collapsed stage is tried again at a lower learning rate. Passes go on until one
+    gains next to nothing, and the best state of all is restored.
 
     Finished stages are written to `output_dir` one by one, each in one step, and checkpoints on the way: an interrupted
     run continues where it was. It runs in one process.
@@ -290,8 +305,6 @@ class SequentialAligner:
     def violation(self, measured: Measured) -> str:
         """Which bound the state breaks; empty if none."""
         foundation, config = self.results[0], self.config
-        if not math.isfinite(measured.return_mean):
-            return f"return is {measured.return_mean}"
         if measured.coherency is not None and foundation.coherency is not None:
             bound = (1 - config.max_coherency_drop) * foundation.coherency
             if not measured.coherency >= bound:
@@ -305,7 +318,7 @@ class SequentialAligner:
     def collapse(self, measured: Measured) -> str:
         """Whether the return has collapsed, in words; empty if it has not."""
         bound = self._best[0] - self.config.collapse_drop * abs(self._best[0])
-        return f"return {measured.return_mean:.3f} fell below {bound:.3f}" if measured.return_mean < bound else ""
+        return "" if measured.return_mean >= bound else f"return {measured.return_mean:.3f} fell below {bound:.3f}"
 
     def _is_over(self) -> bool:
         """After the last pass, and after one that gained too little."""
@@ -342,6 +355,7 @@ class SequentialAligner:
             retries.append(watch.collapse)
             self._set_adapter(before)
             attempt += 1
+        self._approach_bound(watch, before)
         decision, reason, measured = self._decide(watch)
         result = _result(
             stage,
@@ -359,6 +373,24 @@ class SequentialAligner:
         self._finish(result)
         self._remove_work_folders(stage, method)
 
+    def _approach_bound(self, watch: _StageWatch, before: dict[str, Tensor]) -> None:
+        """Bisect the way from the stage's best state, or the one before the stage, to the state that left a bound."""
+        if watch.outside is None:
+            return
+        reason, outside, (first, last) = watch.violation, watch.outside, (0, watch.step)
+        inside = before
+        if watch.best is not None:
+            inside, first = watch.best[1], watch.best[0].step
+        for _ in range(self.config.bound_bisections):
+            middle = {name: torch.lerp(tensor, outside[name], 0.5) for name, tensor in inside.items()}
+            self._set_adapter(middle)
+            step = (first + last) // 2
+            if watch.judge(self.measure(step), partial(dict, middle)):
+                inside, first = middle, step
+            else:
+                outside, last = middle, step
+        watch.violation, watch.collapse = reason, ""
+
     def _decide(self, watch: _StageWatch) -> tuple[str, str, Measured]:
         """Keep the stage's best state, or go back to the best of all."""
         bound = self._best[0] - self.config.max_return_drop * abs(self._best[0])
@@ -369,7 +401,7 @@ class SequentialAligner:
             ended = problem or watch.converged
             return "kept", f"within bounds at step {measured.step}; {ended}" if ended else "within bounds", measured
         self._set_adapter(self._best[1])
-        last = watch.validations[-1] if watch.validations else self.measure(watch.step)
+        last = watch.validations[-1] if watch.validations else self.measure(0)
         return "rolled back", problem or f"return {last.return_mean:.3f} fell below {bound:.3f}", last
 
     def _stage_config(self, stage: int, method: str, attempt: int) -> Any:
@@ -522,6 +554,7 @@ class _StageWatch(TrainerCallback):
         self.folder = folder
         self.validations: list[Measured] = []
         self.best: tuple[Measured, dict[str, Tensor]] | None = None
+        self.outside: dict[str, Tensor] | None = None  # the state that left a bound
         self.collapse = self.violation = self.converged = ""
         self.interval = 1
         self._norms: list[float] = []
@@ -529,7 +562,7 @@ class _StageWatch(TrainerCallback):
     @property
     def step(self) -> int:
         """The last step that was validated."""
-        return self.validations[-1].step if self.validations else 0
+        return max((row.step for row in self.validations), default=0)
 
     @property
     def is_over(self) -> bool:
@@ -544,7 +577,7 @@ class _StageWatch(TrainerCallback):
         seen = [Measured(**row) for row in checkpoint.load_json(self.folder / "validations.json")]
         for measured in seen:
             if measured.step <= resumed_step:
-                self._judge(measured, partial(checkpoint.load_tensors, self._best_file(measured.step)))
+                self.judge(measured, partial(checkpoint.load_tensors, self._state_file(measured.step)))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         spike = self._spike(self.trainer.grad_norm, state.global_step)
@@ -553,7 +586,7 @@ class _StageWatch(TrainerCallback):
         if spike:
             self.collapse = spike
         else:
-            self._judge(self.aligner.measure(state.global_step), self.aligner._adapter)
+            self.judge(self.aligner.measure(state.global_step), self.aligner._adapter)
         control.should_training_stop = control.should_training_stop or self.is_over
         self._write(state.global_step)
 
@@ -565,27 +598,34 @@ class _StageWatch(TrainerCallback):
             return f"gradient of norm {norm:.3g} at step {step}, usually {usual:.3g}"
         return ""
 
-    def _judge(self, measured: Measured, adapter: Callable[[], dict[str, Tensor]]) -> None:
+    def judge(self, measured: Measured, adapter: Callable[[], dict[str, Tensor]]) -> bool:
+        """Take a validation in; returns whether the state is within the bounds and has not collapsed."""
         self.validations.append(measured)
-        self.violation = self.aligner.violation(measured)
-        self.collapse = "" if self.violation else self.aligner.collapse(measured)
-        if self.is_over:
-            return
+        self.collapse = self.aligner.collapse(measured)
+        self.violation = "" if self.collapse else self.aligner.violation(measured)
+        if self.violation:
+            self.outside = adapter()
+        if self.violation or self.collapse:
+            return False
         if self.best is None or measured.return_mean > self.best[0].return_mean:
             self.best = (measured, adapter())
         waited = sum(row.step > self.best[0].step for row in self.validations)
         if waited >= self.aligner.config.patience:
             self.converged = f"converged: {waited} validations without a better return"
+        return True
 
-    def _best_file(self, step: int) -> Path:
-        return self.folder / f"best-{step}.safetensors"
+    def _state_file(self, step: int) -> Path:
+        return self.folder / f"state-{step}.safetensors"
 
     def _write(self, step: int) -> None:
         if self.aligner.config.output_dir is None or self.aligner.config.validations_per_stage == 1:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.outside
         if self.best is not None and self.best[0].step == step:
-            checkpoint.save_tensors(self._best_file(step), self.best[1])
+            state = self.best[1]
+        if state is not None:
+            checkpoint.save_tensors(self._state_file(step), state)
         checkpoint.save_json(self.folder / "validations.json", [dataclasses.asdict(row) for row in self.validations])
 
 

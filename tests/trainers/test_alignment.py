@@ -131,7 +131,7 @@ def test_a_lost_return_and_a_lost_coherency_are_rolled_back(make_pipeline: MakeP
         mean, coherency = next(measured)
         return {"return_mean": mean, "return_std": 0.0, "coherency": coherency}
 
-    aligner = make_aligner(make_pipeline("policy"), episodes)
+    aligner = make_aligner(make_pipeline("policy"), episodes, bound_bisections=0)
     aligner.validate = validate
     # after a rollback nothing is validated again: the measurement is the stage's own
     results = aligner.run()
@@ -225,12 +225,51 @@ def test_a_stage_ends_at_its_best_validation_once_it_has_converged(
     assert result.reason == "within bounds at step 3; converged: 2 validations without a better return"
 
 
-def test_a_bound_ends_a_stage_at_the_last_state_within(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+def test_a_bound_ends_a_stage_near_to_it(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    """Two halvings: the adapter halfway from step 3 to step 6 keeps the bound, the one at three quarters does not."""
     pipeline = make_pipeline("policy")
-    aligner = scripted(pipeline, episodes, (5.0, 0.9), (6.0, 0.9), (7.0, 0.7))
+    rows = [(5.0, 0.9), (6.0, 0.9), (7.0, 0.7), (6.5, 0.85), (6.8, 0.75)]
+    aligner = scripted(pipeline, episodes, *rows, bound_bisections=2)
+    states = []
+
+    def validate(controller: Any, script: Any = aligner.validate) -> dict[str, float]:
+        states.append(adapter(controller))
+        return script(controller)
+
+    aligner.validate = validate
     result = aligner.run()[1]
-    assert (result.decision, result.return_mean) == ("kept", 6.0)
-    assert result.reason == "within bounds at step 3; coherency 0.700 fell below 0.810"
+    assert (result.decision, result.return_mean, result.num_steps) == ("kept", 6.5, 6)
+    assert result.reason == "within bounds at step 4; coherency 0.700 fell below 0.810"
+    _, inside, outside, half, three_quarters = states
+    for name, kept in adapter(pipeline).items():
+        torch.testing.assert_close(half[name], (inside[name] + outside[name]) / 2)
+        torch.testing.assert_close(three_quarters[name], (half[name] + outside[name]) / 2)
+        torch.testing.assert_close(kept, half[name], rtol=0, atol=0)
+
+
+def test_a_stage_that_leaves_a_bound_at_once_ends_between_it_and_its_start(
+    make_pipeline: MakePipeline, episodes: Episodes
+) -> None:
+    aligner = scripted(
+        make_pipeline("policy"), episodes, (5.0, 0.9), (7.0, 0.7), (6.0, 0.8), (5.5, 0.9), bound_bisections=2
+    )
+    result = aligner.run()[1]
+    assert (result.decision, result.return_mean) == ("kept", 5.5)
+
+
+def test_a_bisection_is_repeated_when_it_was_interrupted(
+    make_pipeline: MakePipeline, episodes: Episodes, tmp_path: Path
+) -> None:
+    rows = [(5.0, 0.9), (6.0, 0.9), (7.0, 0.7), (6.5, 0.85), (6.8, 0.75)]
+    whole = make_pipeline("policy")
+    expected = scripted(whole, episodes, *rows, bound_bisections=2, output_dir=tmp_path / "whole").run()
+    with pytest.raises(IndexError):
+        scripted(make_pipeline("policy"), episodes, *rows[:3], bound_bisections=2, output_dir=tmp_path / "cut").run()
+    resumed = make_pipeline("policy")
+    results = scripted(resumed, episodes, *rows[3:], bound_bisections=2, output_dir=tmp_path / "cut").run()
+    assert without_time(results) == without_time(expected)
+    for name, value in adapter(whole).items():
+        assert torch.equal(value, adapter(resumed)[name]), name
 
 
 def test_a_collapse_is_tried_again_at_a_lower_learning_rate(make_pipeline: MakePipeline, episodes: Episodes) -> None:
