@@ -21,7 +21,8 @@ a policy's the single one it acted on (`(B, 1, observation_dim)`). Only `RewardG
 
 
 def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = True) -> RewardFunction:
-    """Reward by the pipeline's critic: the mean advantage of the first `num_steps` pairs of state and action.
+    """Reward by the pipeline's critic: the mean advantage of the first `num_steps` pairs of state and action, or of
+    state and action sequence for a critic of several action steps.
 
     The advantage `Q(s, a) - V(s)` asks each action to be better than the data's at *its own* state; a bare Q would also
     pay a planner for imagining better states than the dynamics allow.
@@ -37,14 +38,22 @@ def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = T
         raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
 
     def reward(observations: Tensor, actions: Tensor) -> Tensor:
-        steps = min(num_steps, observations.shape[1])
+        chunks = action_chunks(pipeline.critic, pipeline.normalizer.normalize_actions(actions))
+        steps = min(num_steps, observations.shape[1], chunks.shape[1])
         states = pipeline.normalizer.normalize_observations(observations[:, :steps])
-        values = pipeline.critic(states, pipeline.normalizer.normalize_actions(actions[:, :steps]))
+        values = pipeline.critic(states, chunks[:, :steps])
         if subtract_value:
             values = values - pipeline.critic.value(states)
         return values.mean(1)
 
     return reward
+
+
+def action_chunks(critic: Any, actions: Tensor) -> Tensor:
+    """What the critic takes at each step: the actions `(B, T, action_dim)`, or the sequences that start there, of shape
+    `(B, T - num_action_steps + 1, num_action_steps, action_dim)`."""
+    length = getattr(critic.config, "num_action_steps", 1)
+    return actions if length == 1 else actions.unfold(1, length, 1).transpose(-1, -2)
 
 
 def call_reward(reward_function: RewardFunction, observations: Tensor, actions: Tensor) -> Tensor:

@@ -382,13 +382,16 @@ class DiffuserPlannerPipeline(ControlPipeline):
 
     def _plan_values(self, plans: Tensor, num_value_steps: int) -> Tensor:
         """Mean of the critic's values over the first pairs of plans `(B, C, horizon, O + A)`, shape `(B, C)`."""
-        if not 1 <= num_value_steps <= plans.shape[2]:
-            raise ValueError(f"`num_value_steps` must lie in 1..{plans.shape[2]}, got {num_value_steps}.")
-        observations, actions = plans[:, :, :num_value_steps].split((self.observation_dim, self.action_dim), dim=-1)
-        values = self.critic(
-            self.normalizer.normalize_observations(observations), self.normalizer.normalize_actions(actions)
-        )
-        return values.mean(-1)
+        length = getattr(self.critic.config, "num_action_steps", 1)
+        longest = plans.shape[2] - length + 1
+        if not 1 <= num_value_steps <= longest:
+            raise ValueError(f"`num_value_steps` must lie in 1..{longest}, got {num_value_steps}.")
+        observations, actions = plans.split((self.observation_dim, self.action_dim), dim=-1)
+        actions = self.normalizer.normalize_actions(actions)
+        if length > 1:
+            actions = actions.unfold(2, length, 1).transpose(-1, -2)
+        observations = self.normalizer.normalize_observations(observations[:, :, :num_value_steps])
+        return self.critic(observations, actions[:, :, :num_value_steps]).mean(-1)
 
     def _context(
         self, observations: Tensor, past_observations: np.ndarray, past_actions: np.ndarray

@@ -148,7 +148,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
             drafted = {**condition, "draft": latents}
             latents = self.sample(drafted, num_inference_steps=num_inference_steps, generator=generator)
         sequences = self.decode(latents, condition)[1].unflatten(0, (-1, num_candidates))
-        values = self._values(history[:, -1], sequences[:, :, 0]) if self.critic is not None else None
+        values = self._values(history[:, -1], sequences) if self.critic is not None else None
         chosen = _select(sequences, values, action_selection, temperature, generator)
         single = np.ndim(observation) == (1 if self.num_observation_steps == 1 else 2)
 
@@ -287,7 +287,9 @@ class DiffusionPolicyPipeline(ControlPipeline):
         return observations, self.normalizer.unnormalize_actions(latents[:, self.num_past_actions :])
 
     def _values(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Critic's value of actions `(B, C, action_dim)` at observations `(B, observation_dim)`, shape `(B, C)`."""
+        """Critic's value of sequences `(B, C, T, action_dim)` at observations `(B, observation_dim)`: `(B, C)`."""
+        length = getattr(self.critic.config, "num_action_steps", 1)
+        actions = actions[:, :, 0] if length == 1 else actions[:, :, :length]
         observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
         return self.critic(observations, self.normalizer.normalize_actions(actions))
 

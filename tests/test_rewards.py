@@ -53,6 +53,26 @@ def test_critic_reward_is_q_minus_v_by_hand() -> None:
         assert both.tolist() == pytest.approx([-5, 25], abs=1e-5)
 
 
+def test_sequences_of_a_critic_of_several_action_steps_by_hand() -> None:
+    critic = TwinQCritic(1, 1, hidden_dims=(), num_action_steps=2)
+    with torch.no_grad():
+        for network, weight in ((critic.q_1, [1, 2, 4]), (critic.q_2, [1, 2, 4]), (critic.v, [3])):
+            network[0].weight.copy_(torch.tensor([weight]))
+            network[0].bias.zero_()
+    controller = pipeline(critic)
+    observations = torch.tensor([[[4.0]], [[0.0]]])  # normalised 1 and -1
+    actions = torch.tensor([[[2.0], [-1.0]], [[0.0], [1.0]]])  # normalised 1, -0.5 and 0, 0.5
+    # Q = 1 + 2 - 2 = 1 and -1 + 0 + 2 = 1; V = 3 and -3
+    for num_steps in (1, 9):
+        reward = critic_reward(controller, num_steps=num_steps)(observations, actions)
+        assert reward.tolist() == pytest.approx([-2, 4], abs=1e-5)
+    output = controller(np.array([[4.0], [0.0]], dtype=np.float32), num_candidates=3, generator=0)
+    assert output.values is not None
+    chosen = torch.from_numpy(output.actions / 2) @ torch.ones(1)
+    expected = torch.tensor([1.0, -1.0]) + 2 * chosen[:, 0] + 4 * chosen[:, 1]
+    assert output.values.max(1).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_gradients_reach_the_actions() -> None:
     actions = torch.zeros(2, 2, 1, requires_grad=True)
     reward = critic_reward(pipeline(linear_critic()))

@@ -41,7 +41,8 @@ class IQLTrainer(DiffusionTrainer):
     """Fits the pipeline's critic offline (Kostrikov et al., 2021, arXiv:2110.06169).
 
     V is the expectile of the target Q (Eq. 5), Q regresses on `r + discount * V(s')` (Eq. 6); both losses are summed
-    and stepped once. The target follows Q by Polyak averaging and is part of the checkpoint.
+    and stepped once. The target follows Q by Polyak averaging and is part of the checkpoint. The Q of a critic of
+    several action steps regresses on their discounted rewards and the value after them.
 
     `train_dataset` is an `Episodes` or a `datasets.Dataset` with its columns.
     """
@@ -53,13 +54,18 @@ class IQLTrainer(DiffusionTrainer):
             raise ValueError("`pipeline` has no critic to train: give it a TwinQCritic.")
         super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
         self.target = copy.deepcopy(pipeline.critic).requires_grad_(False)
+        self.windows = self.train_dataset.windows(pipeline.critic.config.num_action_steps)
 
     def trainable_module(self) -> nn.Module:
         return self.pipeline.critic
 
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = (self.args.per_device_train_batch_size,)
-        return self.train_dataset.transitions(torch.randint(self.train_dataset.num_steps, size, generator=generator))
+        steps = torch.randint(self.train_dataset.num_steps, size, generator=generator)
+        if self.windows.horizon > 1:
+            return self.windows.transitions(steps, self.args.discount)
+        transitions = self.train_dataset.transitions(steps)
+        return {**transitions, "discounts": torch.full(size, self.args.discount)}
 
     def compute_loss(
         self,
@@ -74,7 +80,7 @@ class IQLTrainer(DiffusionTrainer):
         with torch.no_grad():
             target_q = self.target(observations, actions)
             next_value = critic.value(normalizer.normalize_observations(inputs["next_observations"]))
-            backup = inputs["rewards"] + self.args.discount * (1 - inputs["terminations"]) * next_value
+            backup = inputs["rewards"] + inputs["discounts"] * (1 - inputs["terminations"]) * next_value
         value, (q_1, q_2) = critic.value(observations), critic.twin_q(observations, actions)
         value_loss = expectile_loss(target_q - value, self.args.expectile).mean()
         q_loss = F.mse_loss(q_1, backup) + F.mse_loss(q_2, backup)

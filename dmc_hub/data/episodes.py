@@ -228,6 +228,31 @@ class Windows:
             "valid": torch.from_numpy(valid),
         }
 
+    def transitions(self, indices: np.ndarray | Tensor, discount: float) -> dict[str, Tensor]:
+        """Gather steps over whole windows, for values of action sequences (arXiv:2507.07969, Eq. 3).
+
+        Args:
+            indices: integer start steps of shape `(batch,)`.
+            discount: of each step.
+
+        Returns:
+            Float32 tensors `observations` `(batch, observation_dim)`, `actions` `(batch, horizon, action_dim)`,
+            `rewards` `(batch,)`, discounted and summed over the window, `next_observations` after its last step within
+            the episode, `terminations`, 1 where that step ended the task, and `discounts` `(batch,)`, the discount of
+            the value after it.
+        """
+        starts, batch = _as_indices(indices), self.gather(indices)
+        ends = np.minimum(starts + self.horizon - 1, self.last_steps[starts])
+        powers = discount ** torch.arange(self.horizon + 1, dtype=torch.float32)
+        return {
+            "observations": batch["observations"][:, 0],
+            "actions": batch["actions"],
+            "rewards": batch["rewards"] @ powers[:-1],
+            "next_observations": torch.from_numpy(self.episodes.next_observations[ends]),
+            "terminations": torch.from_numpy(self.episodes.terminations[ends].astype(np.float32)),
+            "discounts": powers[torch.from_numpy(ends - starts + 1)],
+        }
+
     def history(self, indices: np.ndarray | Tensor) -> Tensor:
         """The last observations up to those steps, the oldest first; before an episode's start its first is repeated.
 

@@ -31,6 +31,9 @@ class TwinQCritic(ModelMixin, ConfigMixin):
         action_dim: width of an action.
         hidden_dims: widths of the hidden layers; the defaults are those of the original.
         layer_norm: normalise the hidden layers, which curbs over-estimation outside the data.
+        num_action_steps: Q is the value of executing so many actions in a row (Q-chunking, Li et al., 2025,
+            arXiv:2507.07969), for controllers that execute chunks. With 1, actions have the shape `(..., action_dim)`,
+            with more `(..., num_action_steps, action_dim)`.
         value_scale: the networks learn values divided by this, so that their outputs are of order 1.
     """
 
@@ -42,14 +45,18 @@ class TwinQCritic(ModelMixin, ConfigMixin):
         hidden_dims: Sequence[int] = (256, 256),
         layer_norm: bool = False,
         value_scale: float = 1.0,
+        num_action_steps: int = 1,
     ) -> None:
         super().__init__()
-        self.q_1 = _mlp(observation_dim + action_dim, hidden_dims, layer_norm)
-        self.q_2 = _mlp(observation_dim + action_dim, hidden_dims, layer_norm)
+        width = observation_dim + action_dim * num_action_steps
+        self.q_1 = _mlp(width, hidden_dims, layer_norm)
+        self.q_2 = _mlp(width, hidden_dims, layer_norm)
         self.v = _mlp(observation_dim, hidden_dims, layer_norm)
 
     def twin_q(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Both action values; inputs of shape `(..., observation_dim)` and `(..., action_dim)`, outputs `(...)`."""
+        if self.config.num_action_steps > 1:
+            actions = actions.flatten(-2)
         inputs = torch.cat([observations, actions], dim=-1).to(self.dtype)
         scale = self.config.value_scale
         return self.q_1(inputs).squeeze(-1).float() * scale, self.q_2(inputs).squeeze(-1).float() * scale

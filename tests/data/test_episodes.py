@@ -232,3 +232,33 @@ def test_actions_of_a_window_may_start_before_it() -> None:
     assert batch["observations"][:, 0, 0].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"`num_past_actions` must lie in 0..3, got 4"):
         episodes.windows(4, num_past_actions=4)
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_transitions_over_several_steps(horizon: int) -> None:
+    """Against a loop over the steps: an episode that terminates, and one that is cut."""
+    random = np.random.default_rng(0)
+    lengths, discount = (5, 2), 0.9
+    count, ends = sum(lengths), np.cumsum(lengths)
+    terminations, truncations = np.zeros((2, count), dtype=bool)
+    terminations[ends[0] - 1] = truncations[ends[1] - 1] = True
+    episodes = Episodes(
+        observations=random.normal(size=(count, 2)).astype(np.float32),
+        actions=random.normal(size=(count, 1)).astype(np.float32),
+        rewards=random.normal(size=count).astype(np.float32),
+        next_observations=random.normal(size=(count, 2)).astype(np.float32),
+        terminations=terminations,
+        truncations=truncations,
+        episode_ends=ends,
+    )
+    gathered = episodes.windows(horizon).transitions(np.arange(count), discount)
+    for step in range(count):
+        stop = min(step + horizon, ends[np.searchsorted(ends, step, side="right")])
+        rewards = sum(discount**i * episodes.rewards[step + i] for i in range(stop - step))
+        assert gathered["rewards"][step].item() == pytest.approx(rewards, abs=1e-6)
+        assert gathered["discounts"][step].item() == pytest.approx(discount ** (stop - step))
+        assert gathered["terminations"][step].item() == float(terminations[stop - 1])
+        np.testing.assert_array_equal(gathered["next_observations"][step], episodes.next_observations[stop - 1])
+        np.testing.assert_array_equal(gathered["observations"][step], episodes.observations[step])
+        padding = np.zeros((horizon - (stop - step), 1), dtype=np.float32)
+        np.testing.assert_array_equal(gathered["actions"][step], np.concatenate([episodes.actions[step:stop], padding]))

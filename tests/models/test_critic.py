@@ -64,3 +64,14 @@ def test_save_and_load(tmp_path: Path) -> None:
     loaded = TwinQCritic.from_pretrained(tmp_path)
     assert loaded(torch.ones(1, 1), torch.zeros(1, 1)).tolist() == [5]
     assert loaded.value(torch.zeros(1, 1)).tolist() == [-5]
+
+
+def test_values_of_action_sequences() -> None:
+    """Q1 = o + a_1 + 2 a_2."""
+    critic = TwinQCritic(1, 1, hidden_dims=(), num_action_steps=2)
+    with torch.no_grad():
+        critic.q_1[0].weight.copy_(torch.tensor([[1.0, 1.0, 2.0]]))
+        critic.q_1[0].bias.zero_()
+    observations, actions = torch.tensor([[1.0], [2.0]]), torch.tensor([[[3.0], [4.0]], [[0.0], [1.0]]])
+    assert critic.twin_q(observations, actions)[0].tolist() == [12, 4]
+    assert critic(observations[:, None].expand(-1, 5, -1), actions[:, None].expand(-1, 5, -1, -1)).shape == (2, 5)

@@ -142,6 +142,20 @@ def test_plans_are_ranked_by_the_mean_value_of_their_pairs() -> None:
         pipeline(np.zeros(3, np.float32), num_candidates=2, num_value_steps=5)
 
 
+def test_plans_are_ranked_by_the_value_of_their_action_sequences() -> None:
+    pipeline = planner(critic=TwinQCritic(3, 1, (16,), num_action_steps=2))
+    output = pipeline(np.zeros(3, np.float32), num_candidates=6, num_value_steps=3, generator=0)
+    observations, actions = torch.from_numpy(output.trajectories).split((3, 1), dim=-1)
+    observations = pipeline.normalizer.normalize_observations(observations)
+    actions = pipeline.normalizer.normalize_actions(actions)
+    with torch.no_grad():
+        values = sum(pipeline.critic(observations[:, i], actions[:, i : i + 2]) for i in range(3)) / 3
+    assert output.values is not None
+    np.testing.assert_allclose(output.values, values.numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`num_value_steps` must lie in 1\.\.3, got 4"):
+        pipeline(np.zeros(3, np.float32), num_candidates=2, num_value_steps=4)
+
+
 def test_a_warm_start_runs_few_steps_and_stays_near_the_shifted_plan() -> None:
     """The exact denoiser of data with std 0.2 moves a plan of the data only within the data's own spread."""
     denoiser = GaussianDenoiser()
