@@ -13,7 +13,7 @@ from dmc_hub.data.publishing import (
     save_dataset,
     split_episodes,
 )
-from dmc_hub.data.readers import READERS, EpisodeSource, open_source
+from dmc_hub.data.readers import READERS, EpisodeSource, open_source, record_episodes
 from dmc_hub.data.statistics import dataset_statistics
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "open_source",
     "preference_features",
     "push_dataset",
+    "record_episodes",
     "save_dataset",
     "split_episodes",
 ]

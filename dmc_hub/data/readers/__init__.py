@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from dmc_hub.data.readers.d4rl import D4RLSource
+from dmc_hub.data.readers.lerobot import LeRobotSource
+from dmc_hub.data.readers.minari import MinariSource
+from dmc_hub.data.readers.recording import record_episodes
+from dmc_hub.data.readers.relay_kitchen import RelayKitchenSource
+from dmc_hub.data.readers.replay_zarr import ReplayZarrSource
+from dmc_hub.data.readers.robomimic import RobomimicSource
 from dmc_hub.data.readers.source import Contents, EpisodeSource
 
-READERS: dict[str, type[EpisodeSource]] = {reader.format: reader for reader in (D4RLSource,)}
+READERS: dict[str, type[EpisodeSource]] = {
+    reader.format: reader
+    for reader in (D4RLSource, RobomimicSource, ReplayZarrSource, RelayKitchenSource, MinariSource, LeRobotSource)
+}
 """By name of the format; `reads` is asked in this order."""
 
 
@@ -17,7 +26,7 @@ def open_source(path: str | os.PathLike[str], format: str | None = None, **optio
     """The reader of a file or folder.
 
     Args:
-        path: the file or folder.
+        path: the file or folder; with the format "minari" also a dataset's id, with "lerobot" a repository on the Hub.
         format: one of `READERS`; by default found out from magic bytes, keys and names of files.
         options: of the reader: the fields of its class.
 
@@ -25,11 +34,10 @@ def open_source(path: str | os.PathLike[str], format: str | None = None, **optio
         FileNotFoundError: there is nothing at `path`.
         ValueError: an unknown format or option, or a file of no known format.
     """
-    path = Path(path)
-    if not path.exists():
+    if format is None and not Path(path).exists():
         raise FileNotFoundError(f"`{path}` does not exist.")
     if format is None:
-        format = detect_format(path)
+        format = detect_format(Path(path))
     if format is None:
         raise ValueError(
             f"`{path}` has no format that is known. Formats are {', '.join(READERS)}: give one as `format`."
@@ -43,7 +51,7 @@ def open_source(path: str | os.PathLike[str], format: str | None = None, **optio
             f"The reader of {format} has no option {', '.join(unknown)}; its options are "
             f"{', '.join(reader.option_names())}."
         )
-    return reader(**{"path": path, **options})
+    return reader(**{"path": reader.locate(os.fspath(path), options), **options})
 
 
 def detect_format(path: Path) -> str | None:
@@ -51,4 +59,17 @@ def detect_format(path: Path) -> str | None:
     return next((name for name, reader in READERS.items() if reader.reads(path)), None)
 
 
-__all__ = ["READERS", "Contents", "D4RLSource", "EpisodeSource", "detect_format", "open_source"]
+__all__ = [
+    "READERS",
+    "Contents",
+    "D4RLSource",
+    "EpisodeSource",
+    "LeRobotSource",
+    "MinariSource",
+    "RelayKitchenSource",
+    "ReplayZarrSource",
+    "RobomimicSource",
+    "detect_format",
+    "open_source",
+    "record_episodes",
+]

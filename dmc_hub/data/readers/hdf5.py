@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def find(file: Any, key: str) -> Any:
     return node
 
 
+def members(file: Any, key: str) -> list[str]:
+    """Sorted names in the group at `key`; none if there is no such group."""
+    import h5py
+
+    node = find(file, key)
+    return sorted(node) if isinstance(node, h5py.Group) else []
+
+
 def array(file: Any, key: str) -> Any:
     """The dataset at `key`, of numbers that lie in the file itself.
 
@@ -84,22 +93,28 @@ def array(file: Any, key: str) -> Any:
     return node
 
 
-def array_keys(group: Any, limit: int = 10_000) -> list[str]:
-    """Keys of the datasets below a group, at most `limit`, without following links."""
+def walk(group: Any) -> Iterator[tuple[str, Any]]:
+    """Key and node of every group and dataset below a group, each once; a link is None and not followed."""
     import h5py
 
-    keys: list[str] = []
+    seen: set[int] = set()
     open_groups = [("", group)]
-    while open_groups and len(keys) < limit:
-        prefix, node = open_groups.pop()
-        for part in node:
-            if isinstance(node.get(part, getlink=True), h5py.HardLink):
-                child = node[part]
-                if isinstance(child, h5py.Dataset):
-                    keys.append(prefix + part)
-                elif isinstance(child, h5py.Group) and prefix.count("/") < 8:
-                    open_groups.append((f"{prefix}{part}/", child))
-    return keys
+    while open_groups:
+        prefix, parent = open_groups.pop()
+        for name in parent:
+            is_inside = isinstance(parent.get(name, getlink=True), h5py.HardLink)
+            node = parent[name] if is_inside else None
+            yield prefix + name, node
+            if isinstance(node, h5py.Group) and (address := h5py.h5o.get_info(node.id).addr) not in seen:
+                seen.add(address)
+                open_groups.append((f"{prefix}{name}/", node))
+
+
+def array_keys(group: Any, limit: int = 10_000) -> list[str]:
+    """Keys of the datasets below a group, at most `limit`."""
+    import h5py
+
+    return list(islice((key for key, node in walk(group) if isinstance(node, h5py.Dataset)), limit))
 
 
 def check_sizes(file: Any, arrays: Mapping[str, Any]) -> None:
@@ -139,3 +154,20 @@ def row_blocks(arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     rows = rows // chunk_rows * chunk_rows or rows
     for start in range(0, count, rows):
         yield start, min(start + rows, count)
+
+
+def check_file(file: Any) -> None:
+    """Refuse a file of which something is a link or lies outside, or that declares more than it can hold.
+
+    Raises:
+        ValueError: naming file and key.
+    """
+    import h5py
+
+    arrays = {}
+    for key, node in walk(file):
+        if node is None or (isinstance(node, h5py.Dataset) and (node.is_virtual or node.external)):
+            raise ValueError(f"`{file.filename}`: {key!r} is a link or stored outside; only data in the file is read.")
+        if isinstance(node, h5py.Dataset):
+            arrays[key] = node
+    check_sizes(file, arrays)

@@ -75,6 +75,17 @@ class EpisodeSource(ABC):
         """Whether an existing file or folder looks like this reader's format."""
         return False
 
+    @classmethod
+    def locate(cls, source: str, options: Mapping[str, Any]) -> Path:
+        """The file or folder that `source` names, downloaded where the format has ids.
+
+        Raises:
+            FileNotFoundError: there is nothing at `source`.
+        """
+        if not Path(source).exists():
+            raise FileNotFoundError(f"`{source}` does not exist.")
+        return Path(source)
+
     @property
     def name(self) -> str:
         """What errors call the source."""

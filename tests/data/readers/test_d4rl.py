@@ -20,7 +20,7 @@ def write(path: Path, arrays: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-def rows(count: int = 12, **changes: Any) -> dict[str, Any]:
+def rows(count: Any = 12, **changes: Any) -> dict[str, Any]:
     """Rows without `next_observations`: a terminal at row 3, a time-out at row 7, and an unfinished rest."""
     arrays: dict[str, Any] = {
         "observations": steps(count, 4),
