@@ -111,7 +111,7 @@ class LeRobotSource(EpisodeSource):
         pending: pa.Table | None = None
         frames = _Frames(self.path, self._info(), self.image_keys)
         for batch in self._batches():
-            table = batch if pending is None else pa.concat_tables([pending, batch])
+            table = batch if pending is None else self._appended(pending, batch)
             ids = _numbers(self.name, table, _EPISODE)[:, 0]
             bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist()]
             for start, end in pairwise(bounds):
@@ -120,6 +120,12 @@ class LeRobotSource(EpisodeSource):
             check_episode_bytes(self.name, _EPISODE, pending.nbytes)
         if pending is not None:
             yield self._episode(pending, frames)
+
+    def _appended(self, pending: pa.Table, batch: pa.Table) -> pa.Table:
+        try:
+            return pa.concat_tables([pending, batch], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(f"`{self.path}`: the files in data/ differ in their types: {error}.") from error
 
     def _batches(self) -> Iterator[pa.Table]:
         names = _footer(self._paths()[0]).schema.to_arrow_schema().names
