@@ -9,7 +9,6 @@ import pytest
 
 from dmc_hub import cli
 from dmc_hub.data import Episodes, load_episodes, make_nav1d_dataset
-from dmc_hub.interop import load_lerobot_episodes
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +34,11 @@ def test_data_for_datasets(tmp_path: Path, capsys: Any, monkeypatch: pytest.Monk
     capsys.readouterr()
 
 
-def test_data_for_lerobot(tmp_path: Path) -> None:
+def test_data_for_lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     assert run("--output-dir", str(tmp_path / "d"), "--format", "lerobot") == 0
     expected = Episodes.from_dataset(make_nav1d_dataset("full", num_episodes=20))
-    np.testing.assert_array_equal(load_lerobot_episodes(tmp_path / "d").actions, expected.actions)
+    np.testing.assert_array_equal(load_episodes(tmp_path / "d").actions, expected.actions)
     info = json.loads((tmp_path / "d/meta/info.json").read_text())
     assert info["reference_scores"]["optimum"] == pytest.approx(7.38, abs=0.01)
 

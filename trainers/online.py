@@ -15,6 +15,7 @@ from gymnasium.vector import VectorEnv
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
+from dmc_hub.data.episodes import IMAGE_PREFIX
 from dmc_hub.rollout import Rollouts, run_episodes
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
 from dmc_hub.trainers.loop import hash_seed, last_metrics, verify_part
@@ -248,10 +249,15 @@ class OnlineCollector:
 
 def save_episodes(path: Path, episodes: Episodes) -> None:
     """Write episodes as one safetensors file, a tensor for each of their arrays."""
-    arrays = {field.name: getattr(episodes, field.name) for field in dataclasses.fields(episodes)}
+    names = [field.name for field in dataclasses.fields(episodes) if field.name != "images"]
+    arrays = {name: getattr(episodes, name) for name in names}
+    arrays |= {IMAGE_PREFIX + camera: frames for camera, frames in episodes.images.items()}
     checkpoint.save_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def load_episodes(path: Path) -> Episodes:
     """Read what `save_episodes` wrote. Raises `CheckpointError` if the file is missing or unreadable."""
-    return Episodes(**{name: tensor.numpy() for name, tensor in checkpoint.load_tensors(path).items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in checkpoint.load_tensors(path).items()}
+    cameras = [name for name in arrays if name.startswith(IMAGE_PREFIX)]
+    images = {name.removeprefix(IMAGE_PREFIX): arrays.pop(name) for name in cameras}
+    return Episodes(**arrays, images=images)

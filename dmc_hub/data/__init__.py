@@ -1,24 +1,30 @@
-"""Data: episodes as flat arrays, the datasets of the embedded task, preference pairs, and datasets that travel."""
+"""Data: episodes as flat arrays, readers of others' formats, the embedded task's datasets, preference pairs, and
+datasets that travel."""
 
+from dmc_hub.data.conversion import convert
 from dmc_hub.data.episodes import Episodes, Windows, episode_features
+from dmc_hub.data.loading import load_episodes
 from dmc_hub.data.nav1d import NAV1D_VARIANTS, make_nav1d_dataset, nav1d_behavior, nav1d_behavior_log_prob
 from dmc_hub.data.preferences import make_preference_pairs, preference_features
 from dmc_hub.data.publishing import (
     DatasetCardText,
     DatasetConfig,
-    dataset_statistics,
-    load_episodes,
     push_dataset,
     save_dataset,
     split_episodes,
 )
+from dmc_hub.data.readers import READERS, EpisodeSource, open_source, record_episodes
+from dmc_hub.data.statistics import dataset_statistics
 
 __all__ = [
     "NAV1D_VARIANTS",
+    "READERS",
     "DatasetCardText",
     "DatasetConfig",
+    "EpisodeSource",
     "Episodes",
     "Windows",
+    "convert",
     "dataset_statistics",
     "episode_features",
     "load_episodes",
@@ -26,8 +32,10 @@ __all__ = [
     "make_preference_pairs",
     "nav1d_behavior",
     "nav1d_behavior_log_prob",
+    "open_source",
     "preference_features",
     "push_dataset",
+    "record_episodes",
     "save_dataset",
     "split_episodes",
 ]

@@ -6,8 +6,9 @@ dataset loaded from disk stays memory-mapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 VECTOR_COLUMNS = ("observations", "actions", "next_observations")
 COLUMNS = (*VECTOR_COLUMNS, "rewards", "terminations", "truncations", "episode_ids")
+IMAGE_PREFIX = "images."
 _SCALAR_TYPES = {"rewards": "float32", "terminations": "bool", "truncations": "bool", "episode_ids": "int64"}
 _STEP_FIELDS = (*VECTOR_COLUMNS, "rewards", "terminations", "truncations")
 _CAST_HINT = "Cast it: `dataset.cast(dmc_hub.data.episode_features(observation_dim, action_dim))`."
@@ -37,6 +39,7 @@ class Episodes:
     terminations: bool of shape `(num_steps,)`, true where the task itself ended.
     truncations: bool of shape `(num_steps,)`, true where the episode was cut.
     episode_ends: int64 of shape `(num_episodes,)`, the exclusive end of every episode.
+    images: by camera, uint8 of shape `(num_steps, height, width, 3)`, RGB, what was seen at each observation.
     """
 
     observations: np.ndarray
@@ -46,10 +49,11 @@ class Episodes:
     terminations: np.ndarray
     truncations: np.ndarray
     episode_ends: np.ndarray
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> Episodes:
-        """Read and check a dataset with the columns of `episode_features`; no copy where Arrow allows it.
+        """Read and check a dataset with the columns of `episode_features`; no copy where a column is in one piece.
 
         Raises:
             ValueError: a column is missing or has another type or width, a value is NaN or infinite, there
@@ -60,7 +64,9 @@ class Episodes:
         vectors = {name: _vector_column(table, name) for name in VECTOR_COLUMNS}
         scalars = {name: _scalar_column(table, name) for name in _SCALAR_TYPES}
         episode_ends = _episode_ends(scalars.pop("episode_ids"))
-        episodes = cls(**vectors, **scalars, episode_ends=episode_ends)
+        cameras = [name for name in table.column_names if name.startswith(IMAGE_PREFIX)]
+        images = {name.removeprefix(IMAGE_PREFIX): _image_column(table, name) for name in cameras}
+        episodes = cls(**vectors, **scalars, episode_ends=episode_ends, images=images)
         _check_widths(episodes)
         _check_finite(episodes)
         _check_ends(episodes)
@@ -83,10 +89,14 @@ class Episodes:
         widths = {(part.observation_dim, part.action_dim) for part in episodes}
         if len(widths) > 1:
             raise ValueError(f"`episodes` differ in (observation_dim, action_dim): got {sorted(widths)}.")
+        shapes = [{camera: frames.shape[1:] for camera, frames in part.images.items()} for part in episodes]
+        if any(other != shapes[0] for other in shapes):
+            raise ValueError(f"`episodes` differ in the cameras and shapes of their `images`: got {shapes}.")
         joined = {name: np.concatenate([getattr(part, name) for part in episodes]) for name in _STEP_FIELDS}
+        images = {camera: np.concatenate([part.images[camera] for part in episodes]) for camera in shapes[0]}
         offsets = np.cumsum([0, *(part.num_steps for part in episodes[:-1])])
         ends = [part.episode_ends + offset for part, offset in zip(episodes, offsets, strict=True)]
-        return cls(**joined, episode_ends=np.concatenate(ends))
+        return cls(**joined, episode_ends=np.concatenate(ends), images=images)
 
     def newest(self, max_steps: int) -> Episodes:
         """The last episodes, as many whole ones as fit into `max_steps` steps, at least the very last."""
@@ -94,8 +104,7 @@ class Episodes:
         kept = starts >= self.num_steps - max_steps
         kept[-1] = True
         first = starts[kept][0]
-        rows = {name: getattr(self, name)[first:] for name in _STEP_FIELDS}
-        return Episodes(**rows, episode_ends=self.episode_ends[kept] - first)
+        return Episodes(**self._steps(slice(first, None)), episode_ends=self.episode_ends[kept] - first)
 
     @property
     def num_steps(self) -> int:
@@ -132,7 +141,7 @@ class Episodes:
         starts, lengths = self.episode_starts[indices], self.episode_lengths[indices]
         ends = np.cumsum(lengths)
         rows = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
-        return Episodes(**{name: getattr(self, name)[rows] for name in _STEP_FIELDS}, episode_ends=ends)
+        return Episodes(**self._steps(rows), episode_ends=ends)
 
     def transitions(self, indices: np.ndarray | Tensor) -> dict[str, Tensor]:
         """Gather single steps.
@@ -168,12 +177,20 @@ class Episodes:
 
     def to_dataset(self) -> Dataset:
         """The episodes as a `datasets.Dataset` that `from_dataset` reads back to the same arrays."""
-        features = episode_features(self.observation_dim, self.action_dim)
-        columns = {name: _fixed_size_lists(getattr(self, name)) for name in VECTOR_COLUMNS}
+        features = episode_features(
+            self.observation_dim, self.action_dim, {camera: frames.shape[1:] for camera, frames in self.images.items()}
+        )
+        columns = {name: fixed_size_lists(np.asarray(getattr(self, name), np.float32)) for name in VECTOR_COLUMNS}
+        columns |= {IMAGE_PREFIX + camera: fixed_size_lists(frames) for camera, frames in self.images.items()}
         for name in ("rewards", "terminations", "truncations"):
             columns[name] = pa.array(getattr(self, name))
         columns["episode_ids"] = pa.array(np.repeat(np.arange(self.num_episodes), self.episode_lengths))
         return datasets.Dataset(pa.table(columns).select(list(features)).cast(features.arrow_schema))
+
+    def _steps(self, rows: np.ndarray | slice) -> dict[str, Any]:
+        """The arrays of some steps."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in _STEP_FIELDS}
+        return {**arrays, "images": {camera: frames[rows] for camera, frames in self.images.items()}}
 
 
 @dataclass(frozen=True)
@@ -263,21 +280,39 @@ class Windows:
         return torch.from_numpy(self.episodes.observations[np.maximum(rows, self.first_steps[steps][:, None])])
 
 
-def episode_features(observation_dim: int, action_dim: int) -> Features:
-    """The columns and types of a dataset of episodes, one row per step."""
+def episode_features(
+    observation_dim: int, action_dim: int, image_shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Features:
+    """The columns and types of a dataset of episodes, one row per step.
+
+    Args:
+        observation_dim: width of an observation.
+        action_dim: width of an action.
+        image_shapes: by camera, height, width and 3; a camera's column is `images.<camera>`.
+    """
     widths = {"observations": observation_dim, "actions": action_dim, "next_observations": observation_dim}
     vectors = {name: datasets.List(datasets.Value("float32"), length=width) for name, width in widths.items()}
     scalars = {name: datasets.Value(kind) for name, kind in _SCALAR_TYPES.items()}
-    return datasets.Features({**vectors, **scalars})
+    images = {IMAGE_PREFIX + camera: _image_feature(shape) for camera, shape in (image_shapes or {}).items()}
+    return datasets.Features({**vectors, **scalars, **images})
+
+
+def _image_feature(shape: tuple[int, ...]) -> datasets.List:
+    height, width, channels = shape
+    row = datasets.List(datasets.List(datasets.Value("uint8"), length=channels), length=width)
+    return datasets.List(row, length=height)
 
 
 def _as_indices(indices: np.ndarray | Tensor) -> np.ndarray:
     return indices.cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
 
 
-def _fixed_size_lists(array: np.ndarray) -> pa.FixedSizeListArray:
-    flat = pa.array(np.ascontiguousarray(array, dtype=np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+def fixed_size_lists(array: np.ndarray) -> pa.Array:
+    """An array of shape `(rows, ...)` as (nested) Arrow lists of fixed sizes, without a copy if it is contiguous."""
+    lists = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for size in reversed(array.shape[1:]):
+        lists = pa.FixedSizeListArray.from_arrays(lists, size)
+    return lists
 
 
 def _read_table(dataset: Dataset) -> pa.Table:
@@ -289,7 +324,8 @@ def _read_table(dataset: Dataset) -> pa.Table:
         )
     if len(dataset) == 0:
         raise ValueError("`dataset` has no steps.")
-    return dataset.select_columns(list(COLUMNS)).with_format("arrow")[:]
+    images = [name for name in dataset.column_names if name.startswith(IMAGE_PREFIX)]
+    return dataset.select_columns([*COLUMNS, *images]).with_format("arrow")[:]
 
 
 def _vector_column(table: pa.Table, name: str) -> np.ndarray:
@@ -303,6 +339,26 @@ def _vector_column(table: pa.Table, name: str) -> np.ndarray:
     if any(chunk.null_count for chunk in chunks):
         raise ValueError(f"`dataset` column {name!r} has missing values (null) inside its lists.")
     return _join([chunk.to_numpy(zero_copy_only=True) for chunk in chunks]).reshape(len(column), -1)
+
+
+def _image_column(table: pa.Table, name: str) -> np.ndarray:
+    column, shape = table.column(name), []
+    kind = column.type
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    if len(shape) != 3 or shape[-1] != 3 or not pa.types.is_uint8(kind):
+        raise ValueError(
+            f"`dataset` column {name!r} must hold uint8 images as lists of fixed sizes (height, width, 3), got "
+            f"{column.type}."
+        )
+    _check_no_nulls(column, name)
+    parts = []
+    for chunk in column.chunks:
+        for _ in shape:
+            chunk = chunk.flatten()
+        parts.append(chunk.to_numpy(zero_copy_only=True).reshape(-1, *shape))
+    return _join([part for part in parts if len(part)])
 
 
 def _scalar_column(table: pa.Table, name: str) -> np.ndarray:

@@ -22,6 +22,7 @@ from dmc_hub import cards, checkpoint, transfer
 from dmc_hub.data.episodes import COLUMNS, Episodes
 from dmc_hub.data.nav1d import NAV1D_VARIANTS, make_nav1d_dataset
 from dmc_hub.data.preferences import make_preference_pairs
+from dmc_hub.data.statistics import dataset_statistics
 from dmc_hub.envs import nav1d
 
 if TYPE_CHECKING:
@@ -102,33 +103,6 @@ def split_episodes(data: Episodes | Dataset, *, validation_fraction: float = 0.1
     return {name: episodes.select(np.sort(rows)).to_dataset() for name, rows in parts.items()}
 
 
-def dataset_statistics(dataset: Dataset) -> dict[str, Any]:
-    """What is known of a split: rows, and `min`, `max`, `mean` and `std` of each entry of each numeric column.
-
-    For data with the columns of `Episodes` also number, length and return of the episodes.
-    """
-    statistics: dict[str, Any] = {"num_rows": len(dataset), "columns": {}}
-    for name, column in dataset.with_format("numpy")[:].items():
-        if column.dtype.kind in "fbiu" and name != "episode_ids":
-            values = column.reshape(len(column), -1).astype(np.float64)
-            moments = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-            statistics["columns"][name] = {key: value.tolist() for key, value in moments.items()}
-    if set(COLUMNS) <= set(dataset.column_names):
-        episodes = Episodes.from_dataset(dataset)
-        returns, lengths = episodes.returns(), episodes.episode_lengths
-        statistics["episodes"] = {
-            "count": episodes.num_episodes,
-            "length": {"min": int(lengths.min()), "max": int(lengths.max()), "mean": float(lengths.mean())},
-            "return": {
-                "min": float(returns.min()),
-                "max": float(returns.max()),
-                "mean": float(returns.mean()),
-                "std": float(returns.std()),
-            },
-        }
-    return statistics
-
-
 def save_dataset(
     folder: str | os.PathLike[str],
     configs: Sequence[DatasetConfig],
@@ -192,23 +166,6 @@ def push_dataset(
         revision=revision,
         token=token,
     )
-
-
-def load_episodes(
-    path: str | os.PathLike[str],
-    config: str | None = None,
-    *,
-    split: str = "train",
-    revision: str | None = None,
-    token: str | None = None,
-) -> Episodes:
-    """Episodes of a saved folder or of a Hub repository; `datasets` compares the number of rows with the card's.
-
-    Raises:
-        ValueError: as `Episodes.from_dataset`.
-    """
-    dataset = datasets.load_dataset(os.fspath(path), config, split=split, revision=revision, token=token)
-    return Episodes.from_dataset(dataset)
 
 
 def nav1d_dataset_configs(num_episodes: int = 2000, *, num_pairs: int = 4000, seed: int = 0) -> list[DatasetConfig]:

@@ -10,8 +10,8 @@ from dmc_hub.interop.lerobot import (
     import_lerobot_policy,
     save_lerobot_plugin_policy,
 )
-from dmc_hub.interop.lerobot_dataset import load_lerobot_episodes, save_lerobot_dataset
-from dmc_hub.interop.minari import load_minari_episodes, save_minari_dataset
+from dmc_hub.interop.lerobot_dataset import save_lerobot_dataset
+from dmc_hub.interop.minari import save_minari_dataset
 from dmc_hub.interop.planners import import_cleandiffuser_planner, import_value_guided_planner
 from dmc_hub.interop.schedules import cleandiffuser_scheduler
 from dmc_hub.interop.vision import KeypointEncoder
@@ -27,8 +27,6 @@ __all__ = [
     "import_diffusion_policy",
     "import_lerobot_policy",
     "import_value_guided_planner",
-    "load_lerobot_episodes",
-    "load_minari_episodes",
     "save_lerobot_dataset",
     "save_lerobot_plugin_policy",
     "save_minari_dataset",

@@ -15,19 +15,18 @@ import pyarrow.parquet as pq
 
 from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
-from dmc_hub.interop.weights import InteropError, read_json
+from dmc_hub.data.readers.lerobot import ACTION, DONE, ENVIRONMENT_STATE, REWARD, STATE, TRUNCATED, VERSION
+from dmc_hub.interop.weights import InteropError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-VERSION = "v3.0"
 _EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 _INDICES = ("frame_index", "episode_index", "index", "task_index")
-STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 NEXT_STATE, NEXT_ENVIRONMENT_STATE = "next.observation.state", "next.observation.environment_state"
-REWARD, DONE, SUCCESS, TRUNCATED = "next.reward", "next.done", "next.success", "next.truncated"
+SUCCESS = "next.success"
 
 
 def save_lerobot_dataset(
@@ -46,7 +45,8 @@ def save_lerobot_dataset(
     The folder appears whole or not at all.
 
     Besides the observation and the action of each frame it holds `next.reward`, `next.done`, `next.success`,
-    `next.truncated` and `next.observation.*`, so that nothing is lost: `load_lerobot_episodes` reads the same arrays.
+    `next.truncated` and `next.observation.*`, so that nothing is lost: `load_episodes` reads the same
+    arrays.
 
     Args:
         data: the episodes.
@@ -78,32 +78,6 @@ def save_lerobot_dataset(
         checkpoint.save_json(
             stage / "meta/info.json", _info(episodes, frames, fps, robot_type, dict(reference_scores or {}))
         )
-
-
-def load_lerobot_episodes(folder: str | os.PathLike[str]) -> Episodes:
-    """Read the episodes of a folder of `save_lerobot_dataset`, or of another LeRobotDataset v3.0 of vectors.
-
-    Where a dataset has no `next.observation.*`, the following frame's observation is taken, and the last one's own;
-    where it has no `next.truncated`, an episode ends by itself if its last `next.done` is true, and is cut otherwise.
-
-    Raises:
-        InteropError: another version, or no state, action or reward.
-        ValueError: as `Episodes.from_dataset`.
-    """
-    folder = Path(folder)
-    info = read_json(folder / "meta/info.json")
-    if info.get("codebase_version") != VERSION:
-        raise InteropError(f"`{folder}` has the layout {info.get('codebase_version')!r}; {VERSION} is read.")
-    paths = sorted((folder / "data").glob("*/*.parquet"))
-    if not paths:
-        raise InteropError(f"`{folder}` has no frames: there is no Parquet file in data/.")
-    table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="default")
-    if table.num_rows != info.get("total_frames"):
-        raise InteropError(f"`{folder}` has {table.num_rows} frames, its info.json says {info.get('total_frames')}.")
-    missing = [name for name in (STATE, ACTION, REWARD, "episode_index") if name not in table.column_names]
-    if missing:
-        raise InteropError(f"`{folder}` lacks {', '.join(missing)}; it has {table.column_names}.")
-    return _episodes(table)
 
 
 # ---- Writing -----------------------------------------------------------------------------------------------
@@ -226,47 +200,3 @@ def _info(
 def _write_table(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
-
-
-# ---- Reading -----------------------------------------------------------------------------------------------
-
-
-def _episodes(table: pa.Table) -> Episodes:
-    ids = _column(table, "episode_index")[:, 0]
-    is_last = np.append(np.diff(ids) != 0, True)
-    observations = _observations(table, STATE, ENVIRONMENT_STATE)
-    if NEXT_STATE in table.column_names:
-        following = _observations(table, NEXT_STATE, NEXT_ENVIRONMENT_STATE)
-    else:
-        following = np.where(is_last[:, None], observations, np.roll(observations, -1, axis=0))
-    if TRUNCATED in table.column_names:
-        truncations = _column(table, TRUNCATED)[:, 0].astype(bool)
-        terminations = _column(table, DONE)[:, 0].astype(bool) & ~truncations
-    else:
-        done = _column(table, DONE)[:, 0].astype(bool) if DONE in table.column_names else np.zeros(len(ids), bool)
-        terminations, truncations = is_last & done, is_last & ~done
-    columns = {
-        "observations": observations,
-        "actions": _column(table, ACTION).astype(np.float32),
-        "rewards": _column(table, REWARD)[:, 0].astype(np.float32),
-        "next_observations": following,
-        "terminations": terminations,
-        "truncations": truncations,
-        "episode_ends": np.flatnonzero(is_last) + 1,
-    }
-    return Episodes.from_dataset(Episodes(**columns).to_dataset())  # checked
-
-
-def _observations(table: pa.Table, state: str, environment_state: str) -> np.ndarray:
-    parts = [_column(table, name) for name in (state, environment_state) if name in table.column_names]
-    return np.concatenate(parts, axis=1).astype(np.float32)
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    """Shape `(frames, width)`."""
-    column = table.column(name).combine_chunks()
-    if column.null_count:
-        raise InteropError(f"The column {name!r} has {column.null_count} missing values.")
-    is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
-    values = column.flatten() if is_list else column
-    return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)

@@ -75,32 +75,6 @@ def save_minari_dataset(
     )
 
 
-def load_minari_episodes(dataset: Any) -> Episodes:
-    """The episodes of a `minari.MinariDataset` with vectors as observations and actions, in float32.
-
-    Raises:
-        InteropError: observations or actions that are not vectors.
-        ValueError: as `Episodes.from_dataset`.
-    """
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in ("observations", "actions", "next_observations")}
-    scalars: dict[str, list[np.ndarray]] = {name: [] for name in ("rewards", "terminations", "truncations")}
-    for episode in dataset.iterate_episodes():
-        observations, actions = np.asarray(episode.observations), np.asarray(episode.actions)
-        if observations.ndim != 2 or actions.ndim != 2:
-            raise InteropError("Only vectors are supported as observations and actions: flatten them first.")
-        rows["observations"].append(observations[:-1])
-        rows["next_observations"].append(observations[1:])
-        rows["actions"].append(actions)
-        for name, values in scalars.items():
-            values.append(np.asarray(getattr(episode, name)))
-    ends = np.cumsum([len(part) for part in scalars["rewards"]])
-    columns = {name: np.concatenate(parts).astype(np.float32) for name, parts in rows.items()}
-    columns["rewards"] = np.concatenate(scalars["rewards"]).astype(np.float32)
-    for name in ("terminations", "truncations"):
-        columns[name] = np.concatenate(scalars[name]).astype(bool)
-    return Episodes.from_dataset(Episodes(**columns, episode_ends=ends).to_dataset())  # checked
-
-
 def _check_chain(episodes: Episodes) -> None:
     inside = np.ones(episodes.num_steps, dtype=bool)
     inside[episodes.episode_ends - 1] = False

@@ -91,7 +91,9 @@ def finished(
 
 
 def arrays(episodes: Episodes) -> dict[str, np.ndarray]:
-    return {field.name: getattr(episodes, field.name) for field in dataclasses.fields(episodes)}
+    return {
+        field.name: getattr(episodes, field.name) for field in dataclasses.fields(episodes) if field.name != "images"
+    }
 
 
 def weights(pipeline: Any) -> dict[str, Tensor]:
