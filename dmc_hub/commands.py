@@ -132,7 +132,7 @@ def export_data(arguments: ExportDataArguments) -> None:
     from dmc_hub.interop import save_lerobot_dataset, save_minari_dataset
 
     task, folder = get_task(arguments.task), Path(arguments.output_dir)
-    data = task.make_dataset(arguments.seed)
+    data = task.dataset(arguments.seed)
     scores = {} if task.optimal_return is None else {"optimum": task.optimal_return()}
     if arguments.format == "datasets":
         text = DatasetCardText(
@@ -236,7 +236,7 @@ def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
     pipeline = _load(arguments.pipeline, arguments.adapter)
     resume = _prepare(output_dir / "pipeline", config)
-    trainer = CascadeTrainer(pipeline, config, train_dataset=task.make_dataset(config.seed))
+    trainer = CascadeTrainer(pipeline, config, train_dataset=task.dataset(config.seed))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         pipeline.unload_lora()
@@ -271,7 +271,7 @@ def _train_foundation(
     trainer_type: type[DiffusionTrainer], arguments: FoundationArguments, config: DenoisingConfig | IQLConfig
 ) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
-    episodes = Episodes.from_dataset(task.make_dataset(config.seed))
+    episodes = Episodes.from_dataset(task.dataset(config.seed))
     if arguments.pipeline is None:
         pipeline: Any = PRESETS[task.name](arguments.controller, arguments.sampler).build_pipeline(
             episodes, config.seed
@@ -294,7 +294,7 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
     trainer = trainer_type(
         pipeline,
         config,
-        train_dataset=task.make_dataset(config.seed),
+        train_dataset=task.dataset(config.seed),
         peft_config=LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_rank),
     )
     trainer.train(resume_from_checkpoint=resume)
