@@ -29,7 +29,7 @@ from dmc_hub.envs.workers import RestartingVectorEnv
 from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
-from dmc_hub.presets import PRESETS, Preset
+from dmc_hub.presets import Preset, preset_of
 from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, describe_task, get_task, make_vector_env
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
@@ -120,7 +120,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
             process is at work on.
     """
     refuse_several_processes("align")
-    preset = PRESETS[get_task(settings.task).name](settings.controller, settings.sampler)
+    preset = preset_of(get_task(settings.task), settings.controller, settings.sampler)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(preset.num_threads)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def train_foundation(
         episodes: the data.
         critic: a trained critic of the same data, to be copied instead of trained; likewise `denoiser`.
     """
-    preset = PRESETS[get_task(settings.task).name](settings.controller, settings.sampler)
+    preset = preset_of(get_task(settings.task), settings.controller, settings.sampler)
     pipeline = preset.build_pipeline(episodes, settings.seed)
     if denoiser is not None:
         pipeline.denoiser.load_state_dict(denoiser.state_dict())
@@ -453,7 +453,7 @@ def _report(
         for first, last in zip(before, after, strict=True)
     ]
     return {
-        "task": settings.task,
+        "task": task.name,
         "controller": settings.controller,
         "sampler": settings.sampler,
         "seed": settings.seed,
@@ -521,7 +521,7 @@ def _claim(output_dir: Path, settings: RunSettings) -> None:
 
 
 def _facts(settings: RunSettings) -> dict[str, Any]:
-    return {"task": settings.task, "controller": settings.controller, "seed": settings.seed}
+    return {"task": get_task(settings.task).name, "controller": settings.controller, "seed": settings.seed}
 
 
 def _say(message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 from dmc_hub.envs.extras import require
 from dmc_hub.envs.flat import FlatEnv
@@ -24,7 +25,8 @@ class MetaWorldEnv(FlatEnv):
     An episode's seed chooses one of the 50 positions of object and goal that `metaworld.MT1(name, seed=0)` makes;
     nothing else is random.
 
-    Observation: float32 `(39,)`: hand, gripper and objects now (18), the same one step before (18), the goal (3).
+    Observation: float32 `(39,)`: hand, gripper and objects now (18), the same one step before (18), the goal (3). They
+    are clipped to MetaWorld's bounds, the first one too, which MetaWorld itself does not.
     Action: float32 `(4,)` in `[-1, 1]`: the hand's move in x, y, z, and the gripper's force.
     Reward: MetaWorld's shaped one, in `[0, 10]`.
     Termination: none; truncation after 500 steps. `info["success"]` says whether the task is solved at this step.
@@ -48,6 +50,13 @@ class MetaWorldEnv(FlatEnv):
         env.set_task(self._goals[0])
         self._sawyer = env
         super().__init__(gymnasium.wrappers.TimeLimit(env, MAX_EPISODE_STEPS))
+        bounds = env.sawyer_observation_space  # `observation_space` is that of a hidden goal
+        self.observation_space = spaces.Box(bounds.low.astype(np.float32), bounds.high.astype(np.float32))
+
+    def flatten(self, observation: Any) -> np.ndarray:
+        """MetaWorld's vector inside its bounds."""
+        space: Any = self.observation_space
+        return np.clip(super().flatten(observation), space.low, space.high)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -39,6 +39,7 @@ class Task:
         reader: name of the format that people have data of this task in; see `dmc_hub.data.readers`.
         reader_options: what its reader needs to know.
         data_hint: where that data comes from or how it is made, for error messages.
+        behavior: what `dmc-hub data collect` runs by default: "random", "scripted", or a quality of D4RL.
         make_dataset: `seed -> datasets.Dataset` with the columns of `Episodes`, where data can be made on the spot.
         optimal_return: highest expected return, where it is known.
         dynamics: `(observations, actions) -> planned next states`, for the coherency of planners (Eq. 15).
@@ -67,6 +68,7 @@ class Task:
     reader: str | None = None
     reader_options: Mapping[str, Any] = field(default_factory=dict)
     data_hint: str = ""
+    behavior: str = "random"
     make_dataset: Callable[[int], datasets.Dataset] | None = None
     optimal_return: Callable[[], float] | None = None
     dynamics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None

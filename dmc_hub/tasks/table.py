@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import datasets
 import gymnasium
 
 from dmc_hub.data.nav1d import make_nav1d_dataset, nav1d_behavior
-from dmc_hub.envs import NAV1D_ID, nav1d, push_t
+from dmc_hub.envs import NAV1D_ID, antmaze, kitchen, nav1d, push_t
 from dmc_hub.envs import metaworld as mw
+from dmc_hub.envs import robosuite as rs
 from dmc_hub.envs.locomotion import make_locomotion
 from dmc_hub.tasks.record import Task
-from dmc_hub.tasks.scores import d4rl_score, max_reward_score, success_score
+from dmc_hub.tasks.scores import d4rl_score, max_reward_score, share_of_subtasks, success_score
 
 D4RL_RETURNS = {
     "halfcheetah": (-280.178953, 12135.0),
@@ -75,6 +79,7 @@ def _locomotion_tasks() -> Iterator[Task]:
                 data_hint=f"read D4RL's {short}-{quality}-v2.hdf5 (http://rail.eecs.berkeley.edu/datasets/offline_rl/"
                 f"gym_mujoco_v2/{short}_{quality.replace('-', '_')}-v2.hdf5), or make your own set by `dmc-hub data "
                 f"collect --task {short}-{quality}`.",
+                behavior=quality,
                 horizon=4 if short == "halfcheetah" else 32,
             )
 
@@ -123,8 +128,97 @@ def _metaworld_task(name: str) -> Task:
         score=functools.partial(success_score, when="any step"),
         score_name="success rate",
         data_hint=f"make it by `dmc-hub data collect --task metaworld-{name}`.",
+        behavior="scripted",
         horizon=16,
         num_action_steps=4,
+    )
+
+
+def _antmaze_task(maze: str, goals: str) -> Task:
+    name = f"antmaze-{maze}-{goals}"
+    data = "walks between hand-picked cells" if goals == "play" else "walks between random cells"
+    return Task(
+        name=name,
+        summary=f"an ant walks through the {maze} maze (not D4RL's ant: never beside D4RL's scores); data: {data}",
+        env_id=f"AntMaze_{maze.capitalize()}-v4",
+        make_env=functools.partial(antmaze.AntMazeEnv, maze),
+        max_episode_steps=antmaze.MAX_EPISODE_STEPS,
+        observation_dim=antmaze.OBSERVATION_DIM,
+        action_dim=antmaze.ACTION_DIM,
+        extras=("robotics",),
+        reward="1 at the goal, else 0",
+        success="any step",
+        score=functools.partial(success_score, when="any step", scale=100.0),
+        score_name="100 × success rate",
+        reader="d4rl_hdf5",
+        data_hint=f"read D4RL's {name}-v2 (Minari: D4RL/antmaze/{maze}-{goals}-v1), or collect your own.",
+        horizon=64,
+        discount=0.995,
+    )
+
+
+def _kitchen_task(kind: str) -> Task:
+    is_relay = kind == "relay"
+    subtasks = kitchen.SUBTASKS[kind]
+    score: Any = functools.partial(share_of_subtasks, num_subtasks=len(subtasks))
+    return Task(
+        name="relay-kitchen" if is_relay else f"kitchen-{kind}",
+        summary=f"a Franka arm in a kitchen: {', '.join(subtasks)}",
+        env_id="FrankaKitchen-v1",
+        make_env=functools.partial(kitchen.KitchenEnv, kind),
+        max_num_envs=16,
+        max_episode_steps=kitchen.MAX_EPISODE_STEPS,
+        observation_dim=kitchen.OBSERVATION_DIM,
+        action_dim=kitchen.ACTION_DIM,
+        extras=("robotics",),
+        reward="number of subtasks completed in the step",
+        success="any step",
+        score=functools.partial(success_score, when="any step") if is_relay else score,
+        score_name="p4, the share of episodes with four subtasks" if is_relay else "25 × completed subtasks",
+        reader="kitchen_npy" if is_relay else "d4rl_hdf5",
+        data_hint="read Relay Policy Learning's demonstrations (in "
+        "https://diffusion-policy.cs.columbia.edu/data/training/kitchen.zip)."
+        if is_relay
+        else f"read D4RL's kitchen-{kind}-v0 (Minari: D4RL/kitchen/{kind}-v2).",
+        controllers=("policy",) if is_relay else ("planner", "decision_diffuser", "policy"),
+        horizon=16 if is_relay else 32,
+        num_observation_steps=2 if is_relay else 1,
+        num_action_steps=8 if is_relay else 1,
+    )
+
+
+_ROBOMIMIC_STEPS = {"ph": {"transport": 700}, "mh": {"transport": 1100, "lift": 500, "can": 500, "square": 500}}
+
+
+def _robomimic_task(name: str, operators: str, images: bool) -> Task:
+    task = rs.ROBOSUITE_TASKS[name]
+    max_episode_steps = _ROBOMIMIC_STEPS[operators].get(name, 400)
+    people = "one proficient operator" if operators == "ph" else "six operators of different skill"
+    return Task(
+        name=f"robomimic-{name}-{operators}{'-image' if images else ''}",
+        summary=f"robosuite's {task.name}{', seen by cameras' if images else ''}; data: {people}",
+        env_id=f"robosuite {task.name}",
+        make_env=functools.partial(rs.RobosuiteEnv, name, max_episode_steps, images),
+        max_num_envs=4 if images else 16,
+        max_episode_steps=max_episode_steps,
+        observation_dim=None if images else task.object_dim + task.robot_dim,
+        action_dim=task.action_dim,
+        extras=("robosuite",),
+        reward="1 while the task is solved, else 0",
+        success="any step",
+        score=functools.partial(success_score, when="any step"),
+        score_name="success rate",
+        reader="robomimic_hdf5",
+        reader_options={
+            "observation_keys": task.robot_keys if images else task.observation_keys,
+            "images": tuple(f"{camera}_image" for camera in task.cameras) if images else (),
+        },
+        data_hint=f"read robomimic's {name}/{operators}/{'image' if images else 'low_dim'}_v141.hdf5 "
+        "(https://robomimic.github.io/docs/datasets/robomimic_v0.1.html).",
+        controllers=("policy",),
+        horizon=16,
+        num_observation_steps=2,
+        num_action_steps=8,
     )
 
 
@@ -138,16 +232,42 @@ TASKS: dict[str, Task] = {
         _push_t_task("state"),
         _push_t_task("image"),
         *(_metaworld_task(name) for name in mw.TASK_NAMES),
+        *(_antmaze_task(maze, goals) for maze in antmaze.MAZES for goals in ("play", "diverse")),
+        *(_kitchen_task(kind) for kind in kitchen.SUBTASKS),
+        *(
+            _robomimic_task(name, operators, images)
+            for images in (False, True)
+            for name in rs.ROBOSUITE_TASKS
+            for operators in ("ph", "mh")
+        ),
     )
 }
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`.
+    """The task called `name`, or a user's own: `path/to/file.py:VARIABLE`, whose code is run.
 
     Raises:
-        ValueError: unknown; the message lists the known ones.
+        ValueError: unknown, the message lists the known ones; or the variable holds no `Task`.
+        FileNotFoundError: there is no such file.
     """
+    path, separator, variable = name.rpartition(":")
+    if separator and path.endswith(".py"):
+        return _own_task(Path(path), variable)
     if name not in TASKS:
         raise ValueError(f"`task` {name!r} is unknown; known tasks: {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+@functools.lru_cache(maxsize=8)
+def _own_task(path: Path, variable: str) -> Task:
+    if not path.is_file():
+        raise FileNotFoundError(f"`task` {path}:{variable}: there is no file {path}.")
+    task = runpy.run_path(str(path)).get(variable)
+    if not isinstance(task, Task):
+        raise ValueError(f"`task` {path}:{variable} must be a `dmc_hub.tasks.Task`, got {type(task).__name__}.")
+    if task.name in TASKS:
+        raise ValueError(
+            f"`task` {path}:{variable} is called {task.name!r}, like a built-in one: give it another name."
+        )
+    return task
