@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dmc_hub import ablation, reproduction
-from dmc_hub.presets import PRESETS, SAMPLERS
+from dmc_hub.presets import SAMPLERS, preset_of
 from dmc_hub.recipes import (
     EVALUATION_SEED,
     OnlineSettings,
@@ -124,8 +124,7 @@ class AlignArguments:
 
     def settings(self) -> RunSettings:
         """The run's settings, with the preset's values where nothing was said."""
-        get_task(self.task)
-        preset = PRESETS[self.task](self.controller, self.sampler)
+        preset = preset_of(get_task(self.task), self.controller, self.sampler)
         require_positive(self, "num_evaluation_episodes", "num_validation_episodes", "num_candidates")
         if not 0 < self.training_scale < math.inf:
             raise ValueError(f"`training_scale` must be positive and finite, got {self.training_scale}.")

@@ -206,7 +206,7 @@ def list_tasks() -> None:
     from dmc_hub.tasks import TASKS
 
     for task in TASKS.values():
-        print(f"{task.name:16} {task.summary}")
+        print(f"{task.name:26} {task.summary}")
 
 
 def parse_arguments(

@@ -28,10 +28,10 @@ from dmc_hub.arguments import (
 )
 from dmc_hub.data import Episodes
 from dmc_hub.hub import describe, load_pipeline, pull
-from dmc_hub.presets import PRESETS
+from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
 from dmc_hub.recipes import align_task, evaluate_on_task
-from dmc_hub.tasks import describe_task, get_task
+from dmc_hub.tasks import Task, describe_task, get_task
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
@@ -132,7 +132,7 @@ def export_data(arguments: ExportDataArguments) -> None:
     from dmc_hub.interop import save_lerobot_dataset, save_minari_dataset
 
     task, folder = get_task(arguments.task), Path(arguments.output_dir)
-    data = task.make_dataset(arguments.seed)
+    data = task.dataset(arguments.seed)
     scores = {} if task.optimal_return is None else {"optimum": task.optimal_return()}
     if arguments.format == "datasets":
         text = DatasetCardText(
@@ -183,10 +183,11 @@ def ablate_alignment(arguments: AblateAlignmentArguments) -> None:
 
 def _command(arguments: AlignArguments) -> str:
     """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
-    options = {**vars(arguments), "output_dir": f"runs/{arguments.task}-{arguments.controller}"}
+    options = {**vars(arguments), "output_dir": f"runs/{get_task(arguments.task).name}-{arguments.controller}"}
     options |= {"push_to_hub": None, "private": None}
-    if arguments.foundation is not None and Path(arguments.foundation).is_absolute():
-        options["foundation"] = Path(arguments.foundation).name
+    for name in ("foundation", "task"):
+        if options[name] is not None and Path(options[name]).is_absolute():
+            options[name] = Path(options[name]).name
     defaults = {option.name: option.default for option in fields(AlignArguments)}
     words = ["dmc-hub align"]
     for name, value in options.items():
@@ -236,11 +237,11 @@ def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
     pipeline = _load(arguments.pipeline, arguments.adapter)
     resume = _prepare(output_dir / "pipeline", config)
-    trainer = CascadeTrainer(pipeline, config, train_dataset=task.make_dataset(config.seed))
+    trainer = CascadeTrainer(pipeline, config, train_dataset=task.dataset(config.seed))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         pipeline.unload_lora()
-        _save_pipeline(pipeline, output_dir / "pipeline", _facts(task.name, trainer))
+        _save_pipeline(pipeline, output_dir / "pipeline", task, _facts(task.name, trainer))
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
@@ -271,18 +272,17 @@ def _train_foundation(
     trainer_type: type[DiffusionTrainer], arguments: FoundationArguments, config: DenoisingConfig | IQLConfig
 ) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
-    episodes = Episodes.from_dataset(task.make_dataset(config.seed))
+    episodes = Episodes.from_dataset(task.dataset(config.seed))
     if arguments.pipeline is None:
-        pipeline: Any = PRESETS[task.name](arguments.controller, arguments.sampler).build_pipeline(
-            episodes, config.seed
-        )
+        preset = preset_of(task, arguments.controller, arguments.sampler)
+        pipeline: Any = preset.build_pipeline(episodes, config.seed)
     else:
         pipeline = load_pipeline(arguments.pipeline)
     resume = _prepare(output_dir / "pipeline", config)
     trainer = trainer_type(pipeline, config, train_dataset=episodes)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        _save_pipeline(pipeline, output_dir / "pipeline", _facts(task.name, trainer))
+        _save_pipeline(pipeline, output_dir / "pipeline", task, _facts(task.name, trainer))
 
 
 def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments, config: Any) -> None:
@@ -294,7 +294,7 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
     trainer = trainer_type(
         pipeline,
         config,
-        train_dataset=task.make_dataset(config.seed),
+        train_dataset=task.dataset(config.seed),
         peft_config=LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_rank),
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -304,8 +304,8 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
         _say(f"saved {output_dir / 'adapter'}")
 
 
-def _save_pipeline(pipeline: Any, folder: Path, facts: dict[str, Any]) -> None:
-    pipeline.describe_task(**describe_task(get_task(facts["task"])))
+def _save_pipeline(pipeline: Any, folder: Path, task: Task, facts: dict[str, Any]) -> None:
+    pipeline.describe_task(**describe_task(task))
     with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)
     _say(f"saved {folder}")

@@ -33,6 +33,8 @@ class ReturnStatistics:
     ci_low, ci_high: 95 % bootstrap confidence interval of the interquartile mean; None for a single episode.
     mean_ci_low, mean_ci_high: the same of the mean.
     share_of_optimum: mean divided by the optimal return, where that is known.
+    success_rate: share of the episodes that succeeded, where the task says what success is.
+    normalized_score: mean score on the scale of the published tables, where the task has one.
     """
 
     num_episodes: int
@@ -44,6 +46,8 @@ class ReturnStatistics:
     mean_ci_low: float | None
     mean_ci_high: float | None
     share_of_optimum: float | None
+    success_rate: float | None = None
+    normalized_score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as numbers that JSON can hold."""
@@ -80,12 +84,21 @@ class Evaluation:
         return {**values, "statistics": self.statistics.to_dict(), **rollouts}
 
 
-def return_statistics(returns: np.ndarray, *, optimal_return: float | None = None, seed: int = 0) -> ReturnStatistics:
+def return_statistics(
+    returns: np.ndarray,
+    *,
+    optimal_return: float | None = None,
+    successes: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
+    seed: int = 0,
+) -> ReturnStatistics:
     """Summarise the returns of episodes.
 
     Args:
         returns: of shape `(num_episodes,)`.
         optimal_return: the known optimum, for `share_of_optimum`.
+        successes: bool of shape `(num_episodes,)`, for `success_rate`.
+        scores: of shape `(num_episodes,)`, for `normalized_score`.
         seed: seed of the bootstrap (2000 resamples, percentile intervals).
     """
     returns = np.asarray(returns, dtype=np.float64)
@@ -104,6 +117,8 @@ def return_statistics(returns: np.ndarray, *, optimal_return: float | None = Non
         mean_ci_low=mean_low,
         mean_ci_high=mean_high,
         share_of_optimum=None if optimal_return is None else mean / optimal_return,
+        success_rate=None if successes is None else float(np.mean(successes)),
+        normalized_score=None if scores is None else float(np.mean(scores)),
     )
 
 
@@ -256,6 +271,8 @@ def evaluate(
     generator_seed: int = 0,
     optimal_return: float | None = None,
     coherency: CoherencyScores | None = None,
+    success: str | None = None,
+    score: Callable[[Rollouts], np.ndarray] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Run one episode per seed with a pipeline and summarise them.
@@ -275,6 +292,8 @@ def evaluate(
         coherency: maps observations `(num_envs, observation_dim)` and the pipeline's output to scores
             `(num_envs, ...)`, NaN where nothing counts; see `planner_coherency_scores`,
             `policy_coherency_scores`.
+        success: when an episode is a success, see `Rollouts.succeeded`; None for environments that don't say it.
+        score: `Rollouts -> scores (num_episodes,)`, for `normalized_score`.
         progress: whether to show a bar.
     """
     cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
@@ -304,7 +323,12 @@ def evaluate(
     wall_seconds = time.perf_counter() - started
     visited = rollouts.visited
     return Evaluation(
-        statistics=return_statistics(rollouts.returns, optimal_return=optimal_return),
+        statistics=return_statistics(
+            rollouts.returns,
+            optimal_return=optimal_return,
+            successes=None if success is None else rollouts.succeeded(success),
+            scores=None if score is None else score(rollouts),
+        ),
         candidate_diversity=float(np.stack(diversity)[visited].mean()),
         coherency=None if coherency is None else _mean_that_counts(np.stack(scores)[visited]),
         num_candidates=num_candidates,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.pipelines import DiffuserPlannerPipeline, DiffusionPolicyPipeline
 from dmc_hub.scheduler import TransitionScheduler
+from dmc_hub.tasks import Task
 from dmc_hub.trainers.alignment import METHODS
 from dmc_hub.trainers.cascade import CascadeConfig
 from dmc_hub.trainers.denoising import DenoisingConfig
@@ -189,6 +191,62 @@ def nav1d(
     )
 
 
+def generic(task: Task, controller: str, sampler: str = "ddpm") -> Preset:
+    """A start for tasks without a preset of their own, untuned: sizes follow the spaces and the task's horizon.
+
+    Planner: a U-Net over `task.horizon` steps (rounded up to what its levels need); Decision Diffuser and policy: a DiT
+    of width 128, or 192 for observations of more than 32 numbers.
+
+    Args:
+        task: of low-dimensional observations.
+        controller: one of `CONTROLLERS`.
+        sampler: one of `SAMPLERS`.
+
+    Raises:
+        ValueError: unknown controller or sampler, a controller that does not suit the task, or images.
+    """
+    _check_choice("controller", controller, CONTROLLERS)
+    _check_choice("sampler", sampler, tuple(SAMPLERS))
+    _check_choice(f"controller of {task.name}", controller, task.controllers)
+    if task.observation_dim is None:
+        raise ValueError(f"`task` {task.name!r} has images: it needs a policy with a vision encoder.")
+    is_policy = controller == "policy"
+    return Preset(
+        build_pipeline=functools.partial(_build_generic, task=task, controller=controller, sampler=sampler),
+        foundation={"max_steps": 20_000},
+        critic={"max_steps": 20_000, "discount": task.discount},
+        methods=("reward_gradient" if is_policy else "nft", "dpo", "sft"),
+        stages={
+            "ddpo": {"max_steps": 100},
+            "reward_gradient": {"max_steps": 100, "per_device_train_batch_size": 64},
+            "nft": {"max_steps": 100},
+            "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
+            "sft": {"max_steps": 100, "steps_per_buffer": 50},
+        },
+        num_candidates=8 if is_policy else 16,
+    )
+
+
+def _build_generic(episodes: Episodes, seed: int, *, task: Task, controller: str, sampler: str) -> Any:
+    dim = 192 if episodes.observation_dim > 32 else 128
+    with _seeded(seed):
+        parts = _common_parts(episodes, sampler)
+        if controller == "policy":
+            condition_dim = task.num_observation_steps * episodes.observation_dim
+            denoiser: Any = DiffusionTransformer1D(episodes.action_dim, condition_dim, dim=dim, num_heads=4)
+            steps = {"horizon": task.horizon, "num_observation_steps": task.num_observation_steps}
+            return DiffusionPolicyPipeline(denoiser, **parts, **steps)
+        dim_mults = (1, 2) if task.horizon < 16 else (1, 2, 4)
+        coarsest = 2 ** (len(dim_mults) - 1)
+        horizon = coarsest * math.ceil(task.horizon / coarsest)
+        if controller == "planner":
+            denoiser = TemporalUnet(episodes.observation_dim + episodes.action_dim, dim=32, dim_mults=dim_mults)
+            return DiffuserPlannerPipeline(denoiser, **parts, horizon=horizon)
+        denoiser = DiffusionTransformer1D(episodes.observation_dim, dim=dim, num_heads=4)
+        inverse_dynamics = InverseDynamics(episodes.observation_dim, episodes.action_dim)
+        return DiffuserPlannerPipeline(denoiser, **parts, inverse_dynamics=inverse_dynamics, horizon=horizon)
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
@@ -202,3 +260,8 @@ PRESETS: dict[str, Callable[[str, str], Preset]] = {
     "nav1d-partial": functools.partial(nav1d, policy_rl="nft", max_policy_coherency_drop=0.85),
     "nav1d-expert": nav1d,
 }
+
+
+def preset_of(task: Task, controller: str, sampler: str) -> Preset:
+    """The task's own preset, or the generic one where it has none."""
+    return PRESETS[task.name](controller, sampler) if task.name in PRESETS else generic(task, controller, sampler)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import gymnasium
 import torch
 from gymnasium.vector import VectorEnv
 from torch import nn
@@ -30,9 +29,9 @@ from dmc_hub.envs.workers import RestartingVectorEnv
 from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
-from dmc_hub.presets import PRESETS, Preset
+from dmc_hub.presets import Preset, preset_of
 from dmc_hub.report import write_report
-from dmc_hub.tasks import Task, describe_task, get_task
+from dmc_hub.tasks import Task, describe_task, get_task, make_vector_env
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
 from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.denoising import DenoisingTrainer
@@ -121,7 +120,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
             process is at work on.
     """
     refuse_several_processes("align")
-    preset = PRESETS[get_task(settings.task).name](settings.controller, settings.sampler)
+    preset = preset_of(get_task(settings.task), settings.controller, settings.sampler)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(preset.num_threads)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -132,7 +131,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
 
 def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) -> dict[str, Any]:
     start, task = time.perf_counter(), get_task(settings.task)
-    episodes = Episodes.from_dataset(task.make_dataset(settings.seed))
+    episodes = Episodes.from_dataset(task.dataset(settings.seed))
     pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
     before = _evaluations(settings, task, pipeline, "before")
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
@@ -200,8 +199,8 @@ def coherency_of(task: Task, controller: str) -> Any:
 def evaluate_on_task(
     task: Task, pipeline: Any, controller: str, *, first_seed: int, num_episodes: int, **options: Any
 ) -> Evaluation:
-    """Evaluate on `num_episodes` seeds from `first_seed` on, all environments in one batch."""
-    vector_env = gymnasium.make_vec(task.env_id, num_envs=min(num_episodes, 128))
+    """Evaluate on `num_episodes` seeds from `first_seed` on, as many environments side by side as the task allows."""
+    vector_env = make_vector_env(task, num_episodes)
     try:
         return evaluate(
             Agent(pipeline),
@@ -209,6 +208,8 @@ def evaluate_on_task(
             seeds=range(first_seed, first_seed + num_episodes),
             optimal_return=None if task.optimal_return is None else task.optimal_return(),
             coherency=coherency_of(task, controller),
+            success=task.success,
+            score=task.score,
             **options,
         )
     finally:
@@ -225,7 +226,7 @@ def train_foundation(
         episodes: the data.
         critic: a trained critic of the same data, to be copied instead of trained; likewise `denoiser`.
     """
-    preset = PRESETS[get_task(settings.task).name](settings.controller, settings.sampler)
+    preset = preset_of(get_task(settings.task), settings.controller, settings.sampler)
     pipeline = preset.build_pipeline(episodes, settings.seed)
     if denoiser is not None:
         pipeline.denoiser.load_state_dict(denoiser.state_dict())
@@ -275,7 +276,7 @@ def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
         shared["critic"] = pipeline.critic
         if (settings.controller, settings.sampler) == ("planner", "ddim"):
             shared["denoiser"] = pipeline.denoiser
-    episodes = Episodes.from_dataset(get_task(settings.task).make_dataset(settings.seed))
+    episodes = Episodes.from_dataset(get_task(settings.task).dataset(settings.seed))
     trained = train_foundation(settings, episodes, **shared)
     with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
         trained.save_pretrained(stage)
@@ -397,9 +398,8 @@ def _online(settings: RunSettings, online: OnlineSettings, task: Task, preset: P
 def make_environments(task: Task, online: OnlineSettings) -> VectorEnv[Any, Any, Any]:
     """The environments of a collection: in this process, or in `num_workers` others that are restarted if they fail."""
     if online.num_workers == 0:
-        return gymnasium.make_vec(task.env_id, num_envs=min(online.num_episodes, 128))
-    make = functools.partial(gymnasium.make, task.env_id)
-    return RestartingVectorEnv([make] * online.num_workers, timeout=online.worker_timeout)
+        return make_vector_env(task, online.num_episodes)
+    return RestartingVectorEnv([task.make_env] * online.num_workers, timeout=online.worker_timeout)
 
 
 def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
@@ -453,7 +453,7 @@ def _report(
         for first, last in zip(before, after, strict=True)
     ]
     return {
-        "task": settings.task,
+        "task": task.name,
         "controller": settings.controller,
         "sampler": settings.sampler,
         "seed": settings.seed,
@@ -521,7 +521,7 @@ def _claim(output_dir: Path, settings: RunSettings) -> None:
 
 
 def _facts(settings: RunSettings) -> dict[str, Any]:
-    return {"task": settings.task, "controller": settings.controller, "seed": settings.seed}
+    return {"task": get_task(settings.task).name, "controller": settings.controller, "seed": settings.seed}
 
 
 def _say(message: str) -> None:

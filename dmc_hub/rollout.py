@@ -35,6 +35,8 @@ class Rollouts:
     valid: bool of shape `(num_episodes, max_length)`, false in the padding.
     failed_seeds: int64 of shape `(num_failed,)`, seeds of the episodes that were given up: they are in no other field.
     visited: bool of shape `(num_calls, num_envs)`, whose answers of each call of the controller are in `actions`.
+    successes: bool of shape `(num_episodes, max_length)`, what `info["success"]` (or `info["is_success"]`) said of each
+        step; None where the environment never said it.
     """
 
     seeds: np.ndarray
@@ -49,10 +51,32 @@ class Rollouts:
     valid: np.ndarray
     failed_seeds: np.ndarray
     visited: np.ndarray
+    successes: np.ndarray | None = None
 
     def paths(self) -> np.ndarray:
         """All observations of every episode, the last one included: `(num_episodes, max_length + 1, dim)`."""
         return np.concatenate([self.observations[:, :1], self.next_observations], axis=1)
+
+    def max_rewards(self) -> np.ndarray:
+        """Highest reward of every episode, float32 of shape `(num_episodes,)`."""
+        return np.where(self.valid, self.rewards, -np.inf).max(axis=1)
+
+    def succeeded(self, when: str) -> np.ndarray:
+        """Which episodes succeeded, bool of shape `(num_episodes,)`.
+
+        Args:
+            when: at "any step", or at the "last step".
+
+        Raises:
+            ValueError: another `when`, or an environment that does not say what success is.
+        """
+        if when not in ("any step", "last step"):
+            raise ValueError(f"`when` must be 'any step' or 'last step', got {when!r}.")
+        if self.successes is None:
+            raise ValueError("`success` is not known: the environment's `info` has neither 'success' nor 'is_success'.")
+        if when == "any step":
+            return np.asarray(self.successes.any(axis=1))
+        return self.successes[np.arange(len(self.lengths)), self.lengths - 1]
 
     def to_episodes(self) -> Episodes:
         """The valid steps as flat episodes, for training or for a dataset."""
@@ -68,7 +92,8 @@ class Rollouts:
 
 
 class _Step(NamedTuple):
-    """One step of all environments; `valid` marks those whose episode was still running."""
+    """One step of all environments; `valid` marks those whose episode was still running, `tells_success` those whose
+    `successes` were told."""
 
     observations: np.ndarray
     actions: np.ndarray
@@ -77,6 +102,8 @@ class _Step(NamedTuple):
     terminations: np.ndarray
     truncations: np.ndarray
     valid: np.ndarray
+    successes: np.ndarray
+    tells_success: np.ndarray
 
 
 def run_episodes(
@@ -173,6 +200,7 @@ def _run_batch(
                 np.array(terminations),
                 np.array(truncations),
                 running,
+                *_successes(infos, vector_env.num_envs),
             )
         )
         finished = running & (terminations | truncations)
@@ -180,6 +208,15 @@ def _run_batch(
         observations = next_observations
         bar.update(int(finished.sum()))
     return steps, failed
+
+
+def _successes(infos: dict[str, Any], num_envs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whose step was a success, and whose environment says so, both bool of shape `(num_envs,)`."""
+    for name in ("success", "is_success"):
+        if name in infos:
+            told = np.asarray(infos.get(f"_{name}", np.ones(num_envs)), dtype=bool)
+            return np.asarray(infos[name]).astype(bool) & told, told
+    return np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=bool)
 
 
 def _failures(infos: dict[str, Any], vector_env: VectorEnv[Any, Any, Any]) -> np.ndarray:
@@ -246,6 +283,7 @@ def _collect(batches: list[list[_Step]], columns: list[int], seeds: list[int], f
     step = _Step(*(value[:, :length] for value in values))
     valid = step.valid
     rewards = np.where(valid, step.rewards, 0.0)
+    tells_success = bool((step.tells_success & valid).any())
     return Rollouts(
         seeds=np.asarray(seeds, dtype=np.int64),
         returns=rewards.sum(axis=1),
@@ -259,6 +297,7 @@ def _collect(batches: list[list[_Step]], columns: list[int], seeds: list[int], f
         valid=valid,
         failed_seeds=np.asarray(failed_seeds, dtype=np.int64),
         visited=np.concatenate([np.stack([step.valid for step in steps]) for steps in batches]),
+        successes=step.successes & valid if tells_success else None,
     )
 
 

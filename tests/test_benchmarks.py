@@ -49,7 +49,7 @@ def make_foundation(folder: Path) -> str:
     from dmc_hub.presets import PRESETS
     from dmc_hub.tasks import get_task
 
-    episodes = Episodes.from_dataset(get_task("nav1d-full").make_dataset(0))
+    episodes = Episodes.from_dataset(get_task("nav1d-full").dataset(0))
     PRESETS["nav1d-full"]("policy", "ddpm").build_pipeline(episodes, 0).save_pretrained(folder / "foundation")
     return str(folder / "foundation")
 

@@ -14,7 +14,7 @@ from dmc_hub.data import Episodes, load_episodes, make_nav1d_dataset
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "dmc_hub.tasks.make_nav1d_dataset",
+        "dmc_hub.tasks.table.make_nav1d_dataset",
         lambda variant, num_episodes, seed: make_nav1d_dataset(variant, num_episodes=20, seed=seed),
     )
 

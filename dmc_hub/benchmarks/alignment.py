@@ -168,7 +168,7 @@ class RewardPerForward:
         preset: Any = self._preset.stage_configs()[method]
         changes = {**changes, "max_steps": max_steps, "seed": self.seed, "lr_scheduler_type": "constant"}
         config = dataclasses.replace(preset, **changes)
-        episodes = Episodes.from_dataset(get_task(self.task).make_dataset(self.seed))
+        episodes = Episodes.from_dataset(get_task(self.task).dataset(self.seed))
         trainer = METHODS[method][0](pipeline, config, train_dataset=episodes, callbacks=[curve])
         curve.measure(0)
         trainer.train()

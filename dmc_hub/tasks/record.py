@@ -1,0 +1,130 @@
+"""What a task is: one record, of the built-in tasks and of a user's own alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+if TYPE_CHECKING:
+    from dmc_hub.rollout import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: its id on the command line.
+        summary: one line on what it is.
+        env_id: what the environment is called in its library, for cards.
+        make_env: `() -> gymnasium.Env`, of flat float32 observations and actions in a bounded box (of images: a
+            `gymnasium.spaces.Dict` with "state" and "image"); `reset(seed=...)` fixes the episode. An environment that
+            knows success says it in `info["success"]` of every step.
+        make_vector: `num_envs -> VectorEnv`, where one faster than gymnasium's `SyncVectorEnv` exists.
+        max_num_envs: environments side by side at most, for their memory.
+        extras: extras of this package that the environment needs.
+        max_episode_steps: steps after which an episode is truncated.
+        observation_dim: width of the observations; None for images.
+        action_dim: width of the actions.
+        reward: what the environment's reward is, in words.
+        success: when an episode counts as a success: at "any step", at its "last step", or not defined.
+        score: `Rollouts -> scores (num_episodes,)` on the scale of the published tables.
+        score_name: what that score is.
+        reader: name of the format that people have data of this task in; see `dmc_hub.data.readers`.
+        reader_options: what its reader needs to know.
+        data_hint: where that data comes from or how it is made, for error messages.
+        behavior: what `dmc-hub data collect` runs by default: "random", "scripted", or a quality of D4RL.
+        make_dataset: `seed -> datasets.Dataset` with the columns of `Episodes`, where data can be made on the spot.
+        optimal_return: highest expected return, where it is known.
+        dynamics: `(observations, actions) -> planned next states`, for the coherency of planners (Eq. 15).
+        behavior_log_prob: `(observations, actions) -> log-density` of the policy that made the data, for the coherency
+            of policies (Eq. 16).
+        controllers: kinds of controller that make sense for the task.
+        horizon: steps of a planner's window, or of a policy's action sequence; likewise `num_observation_steps` and
+            `num_action_steps`, those that a policy sees, and executes before it decides again.
+        discount: of the critic.
+    """
+
+    name: str
+    summary: str
+    env_id: str
+    make_env: Callable[[], gymnasium.Env[Any, Any]]
+    max_episode_steps: int
+    observation_dim: int | None
+    action_dim: int
+    make_vector: Callable[[int], VectorEnv[Any, Any, Any]] | None = None
+    max_num_envs: int = 128
+    extras: tuple[str, ...] = ()
+    reward: str = ""
+    success: Literal["any step", "last step"] | None = None
+    score: Callable[[Rollouts], np.ndarray] | None = None
+    score_name: str | None = None
+    reader: str | None = None
+    reader_options: Mapping[str, Any] = field(default_factory=dict)
+    data_hint: str = ""
+    behavior: str = "random"
+    make_dataset: Callable[[int], datasets.Dataset] | None = None
+    optimal_return: Callable[[], float] | None = None
+    dynamics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    behavior_log_prob: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    controllers: tuple[str, ...] = ("planner", "decision_diffuser", "policy")
+    horizon: int = 32
+    num_observation_steps: int = 1
+    num_action_steps: int = 1
+    discount: float = 0.99
+
+    def dataset(self, seed: int) -> datasets.Dataset:
+        """Data made on the spot.
+
+        Raises:
+            ValueError: this task's data has to come from elsewhere; the message says where.
+        """
+        if self.make_dataset is None:
+            hint = self.data_hint or f"`dmc-hub data collect --task {self.name}` makes episodes of a random policy."
+            raise ValueError(f"`task` {self.name!r} has no data of its own: {hint}")
+        return self.make_dataset(seed)
+
+
+def make_vector_env(task: Task, num_envs: int) -> VectorEnv[Any, Any, Any]:
+    """The task's environments side by side in this process, `task.max_num_envs` at most, with autoreset NEXT_STEP.
+
+    Raises:
+        ImportError: the environment's extra is not installed.
+        ValueError: `num_envs` is not positive.
+    """
+    if num_envs < 1:
+        raise ValueError(f"`num_envs` must be at least 1, got {num_envs}.")
+    count = min(num_envs, task.max_num_envs)
+    if task.make_vector is not None:
+        return task.make_vector(count)
+    return SyncVectorEnv([task.make_env] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """What goes to the Hub with a pipeline: the task's name, its environment, and the spaces of that, JSON-ready."""
+    env = task.make_env()
+    try:
+        spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+        described = {name: _describe_space(space) for name, space in spaces.items()}
+    finally:
+        env.close()
+    return {"task": task.name, "environment": task.env_id, **described}
+
+
+def _describe_space(space: Any) -> dict[str, Any]:
+    if isinstance(space, gymnasium.spaces.Dict):
+        return {name: _describe_space(part) for name, part in space.items()}
+    described = {"shape": list(space.shape), "dtype": str(space.dtype)}
+    if len(space.shape) > 1:  # an image: its bounds say nothing that its type does not
+        return described
+    return {**described, "low": _bounds(space.low), "high": _bounds(space.high)}
+
+
+def _bounds(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values.flatten()]
