@@ -18,10 +18,23 @@ from dmc_hub.trainers.alignment import METHODS, AlignmentConfig
 
 
 @dataclass(kw_only=True)
-class AlignArguments:
-    """Arguments of `dmc-hub align`."""
+class TaskArguments:
+    """What all commands that train take."""
 
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Its data: files of any format that `dmc-hub data info` knows, converted folders or repos on the "
+            "Hub, one after the other; FILE[:N] takes the first N steps. By default what the task makes by itself."
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class AlignArguments(TaskArguments):
+    """Arguments of `dmc-hub align`."""
+
     output_dir: str = field(metadata={"help": "Folder of the run. A run that was interrupted there continues."})
     controller: Literal["planner", "decision_diffuser", "policy"] = field(
         default="planner", metadata={"help": "Kind of controller."}
@@ -62,8 +75,12 @@ class AlignArguments:
     num_candidates: int | None = field(
         default=None, metadata={"help": "Candidates per decision in the evaluation; the preset's by default."}
     )
-    num_evaluation_episodes: int = field(default=128, metadata={"help": "Episodes of the reported figures."})
-    num_validation_episodes: int = field(default=64, metadata={"help": "Episodes after each stage, on other seeds."})
+    num_evaluation_episodes: int | None = field(
+        default=None, metadata={"help": "Episodes of the reported figures; the preset's by default."}
+    )
+    num_validation_episodes: int | None = field(
+        default=None, metadata={"help": "Episodes after each stage, on other seeds; the preset's by default."}
+    )
     training_scale: float = field(
         default=1.0, metadata={"help": "Factor on all numbers of training steps; 0.05 gives a quick look."}
     )
@@ -160,9 +177,10 @@ class AlignArguments:
             num_retries=self.num_retries,
             max_coherency_drop=max_coherency_drop,
             num_candidates=self.num_candidates or preset.num_candidates,
-            num_validation_episodes=self.num_validation_episodes,
-            num_evaluation_episodes=self.num_evaluation_episodes,
+            num_validation_episodes=self.num_validation_episodes or preset.num_validation_episodes,
+            num_evaluation_episodes=self.num_evaluation_episodes or preset.num_evaluation_episodes,
             training_scale=self.training_scale,
+            data=tuple(self.data),
             foundation=self.foundation,
             max_divergence=self.max_divergence,
             min_diversity=self.min_diversity,
@@ -172,10 +190,9 @@ class AlignArguments:
 
 
 @dataclass(kw_only=True)
-class FoundationArguments:
+class FoundationArguments(TaskArguments):
     """Arguments of the commands that train a foundation or its critic."""
 
-    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
     controller: Literal["planner", "decision_diffuser", "policy"] = field(
         default="planner", metadata={"help": "Kind of controller."}
     )
@@ -188,20 +205,18 @@ class FoundationArguments:
 
 
 @dataclass(kw_only=True)
-class StageArguments:
+class StageArguments(TaskArguments):
     """Arguments of the commands that run one alignment method."""
 
-    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
     pipeline: str = field(metadata={"help": "Folder or repo of the foundation pipeline, with its critic."})
     adapter: str | None = field(default=None, metadata={"help": "Adapter to continue; a new one by default."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of a new adapter."})
 
 
 @dataclass(kw_only=True)
-class CascadeArguments:
+class CascadeArguments(TaskArguments):
     """Arguments of `dmc-hub train-cascade`."""
 
-    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
     pipeline: str = field(metadata={"help": "Folder or repo of the pipeline, with its critic."})
     adapter: str | None = field(
         default=None, metadata={"help": "Adapter of the controller whose samples are up-sampled; none by default."}

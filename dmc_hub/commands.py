@@ -26,7 +26,6 @@ from dmc_hub.arguments import (
     StageArguments,
     require_positive,
 )
-from dmc_hub.data import Episodes
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
@@ -237,7 +236,7 @@ def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
     pipeline = _load(arguments.pipeline, arguments.adapter)
     resume = _prepare(output_dir / "pipeline", config)
-    trainer = CascadeTrainer(pipeline, config, train_dataset=task.dataset(config.seed))
+    trainer = CascadeTrainer(pipeline, config, train_dataset=task.episodes(config.seed, arguments.data))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         pipeline.unload_lora()
@@ -272,7 +271,7 @@ def _train_foundation(
     trainer_type: type[DiffusionTrainer], arguments: FoundationArguments, config: DenoisingConfig | IQLConfig
 ) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
-    episodes = Episodes.from_dataset(task.dataset(config.seed))
+    episodes = task.episodes(config.seed, arguments.data)
     if arguments.pipeline is None:
         preset = preset_of(task, arguments.controller, arguments.sampler)
         pipeline: Any = preset.build_pipeline(episodes, config.seed)
@@ -294,7 +293,7 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
     trainer = trainer_type(
         pipeline,
         config,
-        train_dataset=task.dataset(config.seed),
+        train_dataset=task.episodes(config.seed, arguments.data),
         peft_config=LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_rank),
     )
     trainer.train(resume_from_checkpoint=resume)

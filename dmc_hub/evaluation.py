@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ CoherencyScores = Callable[[np.ndarray, Any], np.ndarray]
 
 @dataclass(frozen=True)
 class ReturnStatistics:
-    """Statistics over episodes.
+    """Statistics over episodes, of their returns or, where `evaluate` was told so, of their scores.
 
     num_episodes: number of episodes.
-    mean, std: mean and (population) standard deviation of the returns.
+    mean, std: mean and (population) standard deviation.
     iqm: interquartile mean, the mean of the middle half (Agarwal et al., 2021, arXiv:2108.13264).
     ci_low, ci_high: 95 % bootstrap confidence interval of the interquartile mean; None for a single episode.
     mean_ci_low, mean_ci_high: the same of the mean.
@@ -58,7 +58,8 @@ class ReturnStatistics:
 class Evaluation:
     """What `evaluate` measured and with which settings.
 
-    statistics: of the returns.
+    statistics: of `outcomes`.
+    outcomes: returns or scores, float64 of shape `(num_episodes,)`.
     candidate_diversity: see `candidate_diversity`; averaged over the visited states.
     coherency: mean of the coherency scores over the visited states, or None where none were asked for.
     wall_seconds: seconds spent running the episodes.
@@ -67,6 +68,7 @@ class Evaluation:
     """
 
     statistics: ReturnStatistics
+    outcomes: np.ndarray
     candidate_diversity: float
     coherency: float | None
     num_candidates: int
@@ -79,7 +81,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the episodes' steps, as values that JSON can hold."""
-        values = {name: value for name, value in vars(self).items() if name not in ("rollouts", "statistics")}
+        values = {
+            name: value for name, value in vars(self).items() if name not in ("rollouts", "statistics", "outcomes")
+        }
         rollouts = {name: getattr(self.rollouts, name).tolist() for name in ("seeds", "returns", "failed_seeds")}
         return {**values, "statistics": self.statistics.to_dict(), **rollouts}
 
@@ -273,6 +277,7 @@ def evaluate(
     coherency: CoherencyScores | None = None,
     success: str | None = None,
     score: Callable[[Rollouts], np.ndarray] | None = None,
+    objective: Literal["return", "score"] = "return",
     progress: bool = False,
 ) -> Evaluation:
     """Run one episode per seed with a pipeline and summarise them.
@@ -294,6 +299,7 @@ def evaluate(
             `policy_coherency_scores`.
         success: when an episode is a success, see `Rollouts.succeeded`; None for environments that don't say it.
         score: `Rollouts -> scores (num_episodes,)`, for `normalized_score`.
+        objective: of what the statistics are: the returns, or the scores.
         progress: whether to show a bar.
     """
     cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
@@ -322,13 +328,16 @@ def evaluate(
     )
     wall_seconds = time.perf_counter() - started
     visited = rollouts.visited
+    normalized = None if score is None else score(rollouts)
+    outcomes = rollouts.returns if objective == "return" or normalized is None else normalized
     return Evaluation(
         statistics=return_statistics(
-            rollouts.returns,
+            outcomes,
             optimal_return=optimal_return,
             successes=None if success is None else rollouts.succeeded(success),
-            scores=None if score is None else score(rollouts),
+            scores=normalized,
         ),
+        outcomes=outcomes,
         candidate_diversity=float(np.stack(diversity)[visited].mean()),
         coherency=None if coherency is None else _mean_that_counts(np.stack(scores)[visited]),
         num_candidates=num_candidates,

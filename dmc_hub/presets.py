@@ -48,6 +48,7 @@ class Preset:
         methods: alignment methods of one pass.
         stages: settings of each method that differ from its defaults; `cascade` those of `CascadeTrainer`.
         num_candidates: candidates per decision when the controller is evaluated, as in the paper's tables.
+        num_evaluation_episodes: episodes of the reported figures; likewise `num_validation_episodes` after each stage.
         max_coherency_drop: share of the foundation's coherency that alignment may cost.
         num_threads: torch's threads on a CPU: networks this small gain nothing from a second one, and on a busy machine
             its waiting costs a hundredfold.
@@ -59,6 +60,8 @@ class Preset:
     methods: tuple[str, ...]
     stages: dict[str, dict[str, Any]]
     num_candidates: int
+    num_evaluation_episodes: int = 128
+    num_validation_episodes: int = 64
     cascade: dict[str, Any] = field(default_factory=dict)
     max_coherency_drop: float = 0.1
     num_threads: int = 1

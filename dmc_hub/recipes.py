@@ -68,6 +68,7 @@ class RunSettings:
 
     Attributes:
         task: id of the task.
+        data: sources of its data, see `Task.episodes`; none for data that is made on the spot.
         controller: one of `presets.CONTROLLERS`.
         sampler: one of `presets.SAMPLERS`.
         seed: of data, networks and training.
@@ -99,6 +100,7 @@ class RunSettings:
     num_validation_episodes: int
     num_evaluation_episodes: int
     training_scale: float
+    data: tuple[str, ...] = ()
     foundation: str | None = None
     max_divergence: float | None = None
     min_diversity: float | None = None
@@ -131,7 +133,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
 
 def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) -> dict[str, Any]:
     start, task = time.perf_counter(), get_task(settings.task)
-    episodes = Episodes.from_dataset(task.dataset(settings.seed))
+    episodes = task.episodes(settings.seed, settings.data)
     pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
     before = _evaluations(settings, task, pipeline, "before")
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
@@ -203,13 +205,14 @@ def evaluate_on_task(
     vector_env = make_vector_env(task, num_episodes)
     try:
         return evaluate(
-            Agent(pipeline),
+            Agent(pipeline, num_action_steps=task.num_action_steps),
             vector_env,
             seeds=range(first_seed, first_seed + num_episodes),
             optimal_return=None if task.optimal_return is None else task.optimal_return(),
             coherency=coherency_of(task, controller),
             success=task.success,
             score=task.score,
+            objective=task.objective,
             **options,
         )
     finally:
@@ -276,7 +279,7 @@ def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
         shared["critic"] = pipeline.critic
         if (settings.controller, settings.sampler) == ("planner", "ddim"):
             shared["denoiser"] = pipeline.denoiser
-    episodes = Episodes.from_dataset(get_task(settings.task).dataset(settings.seed))
+    episodes = get_task(settings.task).episodes(settings.seed, settings.data)
     trained = train_foundation(settings, episodes, **shared)
     with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
         trained.save_pretrained(stage)
@@ -447,8 +450,8 @@ def _report(
             "coherency_after": last.coherency,
             "diversity_before": first.candidate_diversity,
             "diversity_after": last.candidate_diversity,
-            "returns_before": first.rollouts.returns.tolist(),
-            "returns_after": last.rollouts.returns.tolist(),
+            "returns_before": first.outcomes.tolist(),
+            "returns_after": last.outcomes.tolist(),
         }
         for first, last in zip(before, after, strict=True)
     ]

@@ -98,6 +98,17 @@ class Episodes:
         ends = [part.episode_ends + offset for part, offset in zip(episodes, offsets, strict=True)]
         return cls(**joined, episode_ends=np.concatenate(ends), images=images)
 
+    def first(self, max_steps: int) -> Episodes:
+        """The first episodes, as many whole ones as fit into `max_steps` steps.
+
+        Raises:
+            ValueError: not even the first one fits.
+        """
+        count = int(np.searchsorted(self.episode_ends, max_steps, side="right"))
+        if count == 0:
+            raise ValueError(f"`max_steps` {max_steps} is less than the first episode's {self.episode_ends[0]} steps.")
+        return self.select(np.arange(count))
+
     def newest(self, max_steps: int) -> Episodes:
         """The last episodes, as many whole ones as fit into `max_steps` steps, at least the very last."""
         starts = self.episode_starts

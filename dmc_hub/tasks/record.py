@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+from dmc_hub.data import Episodes, load_episodes
+from dmc_hub.data.readers import detect_format
 
 if TYPE_CHECKING:
     from dmc_hub.rollout import Rollouts
@@ -36,6 +41,8 @@ class Task:
         success: when an episode counts as a success: at "any step", at its "last step", or not defined.
         score: `Rollouts -> scores (num_episodes,)` on the scale of the published tables.
         score_name: what that score is.
+        objective: what counts in alignment and reports: an episode's "return", or its "score", where more return is not
+            better (an environment that ends with success).
         reader: name of the format that people have data of this task in; see `dmc_hub.data.readers`.
         reader_options: what its reader needs to know.
         data_hint: where that data comes from or how it is made, for error messages.
@@ -65,6 +72,7 @@ class Task:
     success: Literal["any step", "last step"] | None = None
     score: Callable[[Rollouts], np.ndarray] | None = None
     score_name: str | None = None
+    objective: Literal["return", "score"] = "return"
     reader: str | None = None
     reader_options: Mapping[str, Any] = field(default_factory=dict)
     data_hint: str = ""
@@ -78,6 +86,37 @@ class Task:
     num_observation_steps: int = 1
     num_action_steps: int = 1
     discount: float = 0.99
+
+    def episodes(self, seed: int, sources: Sequence[str] = ()) -> Episodes:
+        """The task's data.
+
+        Args:
+            seed: of data that is made on the spot.
+            sources: files, folders or repos, see `load_episodes`, read one after the other; a name that ends with
+                `[:N]` stands for its first N steps.
+
+        Raises:
+            ValueError: no source for a task without data of its own, or data whose widths are not the task's.
+        """
+        if not sources:
+            return Episodes.from_dataset(self.dataset(seed))
+        parts = [self._read(source) for source in sources]
+        episodes = parts[0] if len(parts) == 1 else Episodes.concatenate(*parts)
+        expected = {"observations": self.observation_dim, "actions": self.action_dim}
+        for name, width in {"observations": episodes.observation_dim, "actions": episodes.action_dim}.items():
+            if expected[name] not in (None, width):
+                raise ValueError(
+                    f"`data` {', '.join(sources)} has {name} of width {width}; those of {self.name!r} have "
+                    f"{expected[name]}."
+                )
+        return episodes
+
+    def _read(self, source: str) -> Episodes:
+        sliced = re.fullmatch(r"(.+)\[:(\d+)\]", source)
+        path, max_steps = (sliced[1], int(sliced[2])) if sliced else (source, None)
+        is_own_format = Path(path).exists() and detect_format(Path(path)) == self.reader
+        episodes = load_episodes(path, **(self.reader_options if is_own_format else {}))
+        return episodes if max_steps is None else episodes.first(max_steps)
 
     def dataset(self, seed: int) -> datasets.Dataset:
         """Data made on the spot.

@@ -100,7 +100,8 @@ def _push_t_task(kind: str) -> Task:
         reward="coverage of the goal over 0.95, clipped to [0, 1]",
         success="any step",
         score=max_reward_score,
-        score_name="maximal reward",
+        score_name="maximal coverage over 0.95",
+        objective="score",
         reader="diffusion_policy_zarr",
         reader_options={"reward": push_t.push_t_reward, "images": ("img",) if is_image else ()},
         data_hint="read Diffusion Policy's pusht_cchi_v7_replay.zarr (in "
