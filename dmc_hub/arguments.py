@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from dmc_hub import ablation, reproduction
+from dmc_hub.collect import CollectionSettings
 from dmc_hub.presets import SAMPLERS, preset_of
 from dmc_hub.recipes import (
     EVALUATION_SEED,
@@ -313,6 +315,55 @@ class ExportDataArguments:
         default="user/dataset", metadata={"help": "The repository that the card's examples load, as owner/name."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the data."})
+
+
+@dataclass(kw_only=True)
+class CollectArguments:
+    """Arguments of `dmc-hub data collect`."""
+
+    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
+    output_dir: str = field(metadata={"help": "New folder of the data, which `datasets.load_from_disk` reads."})
+    behavior: Literal["random", "scripted", "medium", "medium-replay", "medium-expert", "expert"] | None = field(
+        default=None, metadata={"help": "Who acts; what the task's name says by default."}
+    )
+    num_episodes: int | None = field(default=None, metadata={"help": "Episodes; 200 by default."})
+    num_steps: int | None = field(
+        default=None, metadata={"help": "Steps instead of episodes; D4RL's sets of locomotion have a million."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of behaviour, environment and training."})
+    algorithm: Literal["ppo", "sac"] = field(
+        default="ppo", metadata={"help": "What trains medium and expert policies; D4RL's are SAC's."}
+    )
+    training_steps: int = field(default=1_000_000, metadata={"help": "Steps of that training."})
+    training_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of that training, shared by all qualities; beside `output_dir` by default."},
+    )
+
+    def settings(self) -> CollectionSettings:
+        """The settings, with the task's values where nothing was said."""
+        task = get_task(self.task)
+        behavior = self.behavior or task.behavior
+        sizes = {"num_episodes": self.num_episodes, "num_steps": self.num_steps}
+        if behavior != "medium-replay" and sizes == {"num_episodes": None, "num_steps": None}:
+            sizes["num_episodes"] = 200
+        training = f"{task.env_id}-{self.algorithm}-{self.training_steps}-seed{self.seed}"
+        return CollectionSettings(
+            behavior=behavior,
+            seed=self.seed,
+            algorithm=self.algorithm,
+            training_steps=self.training_steps,
+            training_dir=Path(self.training_dir or Path(self.output_dir).parent / training),
+            **sizes,
+        )
+
+
+@dataclass(kw_only=True)
+class CheckTaskArguments:
+    """Arguments of `dmc-hub task check`."""
+
+    task: str = field(metadata={"help": "The task, or `path/to/file.py:VARIABLE`, a task of your own."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
 @dataclass(kw_only=True)

@@ -157,6 +157,16 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "write a task's data for datasets, LeRobot or Minari",
             "dmc-hub export-data --task nav1d-full --format lerobot --output-dir runs/nav1d-full-lerobot",
         ),
+        "data collect": Command(
+            "dmc_hub.commands:collect_data",
+            "make a task's data: random, scripted or trained behaviour, in D4RL's qualities",
+            "dmc-hub data collect --task metaworld-button-press --output-dir data/button-press --num-episodes 200",
+        ),
+        "task check": Command(
+            "dmc_hub.commands:check_task",
+            "a task from environment to evaluation in small: does everything work?",
+            "dmc-hub task check --task hopper-medium",
+        ),
         "tasks": Command(
             "dmc_hub.cli:list_tasks",
             "list the known tasks",
@@ -176,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _main_parser().print_help()
         return 0
     try:
-        run_command(argv[start], argv[start + 1 :])
+        run_command(*_command_and_options(argv[start:]))
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -186,6 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0
+
+
+def _command_and_options(argv: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and what follows it."""
+    num_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    return " ".join(argv[:num_words]), argv[num_words:]
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:

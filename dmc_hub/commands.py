@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from dmc_hub.arguments import (
     AlignArguments,
     CardArguments,
     CascadeArguments,
+    CheckTaskArguments,
+    CollectArguments,
     DemoArguments,
     EvaluateArguments,
     ExportDataArguments,
@@ -149,6 +152,32 @@ def export_data(arguments: ExportDataArguments) -> None:
         os.environ["MINARI_DATASETS_PATH"] = str(folder)
         save_minari_dataset(data, f"{task.name}-v0", env_id=task.env_id, description=task.summary)
     _say(f"saved {folder}")
+
+
+def collect_data(arguments: CollectArguments) -> None:
+    """Collect episodes of a task and write them."""
+    from dmc_hub import collect
+
+    task, settings, folder = get_task(arguments.task), arguments.settings(), Path(arguments.output_dir)
+    if folder.exists():
+        raise ValueError(f"`output_dir` {folder} exists already: choose another folder.")
+    collected = collect.collect(task, settings)
+    facts = collect.save_collected(task, settings, collected, folder)
+    success = "" if facts["success_rate"] is None else f", {100 * facts['success_rate']:.0f} % successes"
+    print(
+        f"{facts['num_episodes']} episodes, {facts['num_steps']} steps of behaviour {facts['behavior']}: return "
+        f"{facts['return_mean']:.2f} ± {facts['return_std']:.2f}{success}; see {folder}"
+    )
+
+
+def check_task(arguments: CheckTaskArguments) -> None:
+    """Try a task from environment to evaluation."""
+    from dmc_hub.task_check import check_task
+
+    task, start = get_task(arguments.task), time.perf_counter()
+    for part in check_task(task, seed=arguments.seed):
+        print(f"{task.name}  {part.name:28} {part.seconds:8.2f} s  {part.result}", flush=True)
+    print(f"{task.name}  ok in {time.perf_counter() - start:.1f} s")
 
 
 def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
