@@ -303,21 +303,6 @@ class DemoArguments:
 
 
 @dataclass(kw_only=True)
-class ExportDataArguments:
-    """Arguments of `dmc-hub export-data`."""
-
-    task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
-    output_dir: str = field(metadata={"help": "The folder to write; for minari, the one its datasets lie in."})
-    format: Literal["datasets", "lerobot", "minari"] = field(
-        default="datasets", metadata={"help": "Parquet with a card for `datasets`, a LeRobotDataset v3.0, or Minari."}
-    )
-    repo_id: str = field(
-        default="user/dataset", metadata={"help": "The repository that the card's examples load, as owner/name."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the data."})
-
-
-@dataclass(kw_only=True)
 class CollectArguments:
     """Arguments of `dmc-hub data collect`."""
 

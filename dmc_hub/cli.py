@@ -109,6 +109,43 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "dmc-hub train-cascade --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/cascade",
         ),
     },
+    "Data": {
+        "data info": Command(
+            "dmc_hub.data_commands:data_info",
+            "what a file, folder or repo of data holds: format, widths, steps, arrays",
+            "dmc-hub data info --source hopper-medium-v2.hdf5",
+        ),
+        "data convert": Command(
+            "dmc_hub.data_commands:data_convert",
+            "D4RL, robomimic, zarr, relay-kitchen, Minari or LeRobot data as memory-mapped Arrow",
+            "dmc-hub data convert --source pusht.zarr.zip --reward zero --output-dir data/pusht",
+        ),
+        "data collect": Command(
+            "dmc_hub.commands:collect_data",
+            "make a task's data: random, scripted or trained behaviour, in D4RL's qualities",
+            "dmc-hub data collect --task metaworld-button-press --output-dir data/button-press --num-episodes 200",
+        ),
+        "data stats": Command(
+            "dmc_hub.data_commands:data_stats",
+            "episodes, lengths, returns, and the moments of every column, as JSON",
+            "dmc-hub data stats --source data/pusht",
+        ),
+        "data view": Command(
+            "dmc_hub.data_commands:data_view",
+            "draw returns, lengths, trajectories and frames as a PNG",
+            "dmc-hub data view --source data/pusht --output pusht.png",
+        ),
+        "data push": Command(
+            "dmc_hub.data_commands:data_push",
+            "push data to the Hub as Parquet, with a card",
+            "dmc-hub data push --source data/walks --repo-id user/walks --title Walks --description W. --license mit",
+        ),
+        "data export": Command(
+            "dmc_hub.data_commands:data_export",
+            "write a task's data for datasets, LeRobot or Minari",
+            "dmc-hub data export --task nav1d-full --format lerobot --output-dir runs/nav1d-full-lerobot",
+        ),
+    },
     "Share": {
         "push": Command(
             "dmc_hub.commands:push",
@@ -152,16 +189,6 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "a page on which controllers act, before and after alignment; or a Space with it",
             "dmc-hub demo --pipelines runs/nav1d-full/pipeline --adapters runs/nav1d-full/adapter",
         ),
-        "export-data": Command(
-            "dmc_hub.commands:export_data",
-            "write a task's data for datasets, LeRobot or Minari",
-            "dmc-hub export-data --task nav1d-full --format lerobot --output-dir runs/nav1d-full-lerobot",
-        ),
-        "data collect": Command(
-            "dmc_hub.commands:collect_data",
-            "make a task's data: random, scripted or trained behaviour, in D4RL's qualities",
-            "dmc-hub data collect --task metaworld-button-press --output-dir data/button-press --num-episodes 200",
-        ),
         "task check": Command(
             "dmc_hub.commands:check_task",
             "a task from environment to evaluation in small: does everything work?",
@@ -185,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if start == len(argv):
         _main_parser().print_help()
         return 0
+    name = _command_name(argv[start:])
     try:
-        run_command(*_command_and_options(argv[start:]))
+        run_command(name, argv[start + len(name.split()) :])
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -198,14 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command_and_options(argv: list[str]) -> tuple[str, list[str]]:
-    """The command, of one word or two, and what follows it."""
-    num_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
-    return " ".join(argv[:num_words]), argv[num_words:]
+def _command_name(words: Sequence[str]) -> str:
+    """The command that the words start with: its name is one word or two."""
+    is_group = any(name.startswith(f"{words[0]} ") for name in COMMANDS)
+    return " ".join(words[:2]) if is_group and not "".join(words[1:2]).startswith("-") else words[0]
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:
     """Parse `argv` into the dataclasses that the command's function asks for, and call the function."""
+    group = sorted(other.removeprefix(f"{name} ") for other in COMMANDS if other.startswith(f"{name} "))
+    if group:
+        raise ValueError(f"`{name}` goes on with {', '.join(group)}; `{PROGRAM} --help` lists them all")
     if name not in COMMANDS:
         guess = _did_you_mean(name, COMMANDS)
         raise ValueError(f"`{name}` is not a command{guess}; `{PROGRAM} --help` lists them all")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import fields
@@ -20,7 +19,6 @@ from dmc_hub.arguments import (
     CollectArguments,
     DemoArguments,
     EvaluateArguments,
-    ExportDataArguments,
     FoundationArguments,
     InfoArguments,
     PullArguments,
@@ -126,32 +124,6 @@ def demo(arguments: DemoArguments) -> None:
         _say(f"saved {arguments.space}; `python app.py` in it serves the page")
         return
     app.serve(app.Demo(pipelines, adapters), port=arguments.port)
-
-
-def export_data(arguments: ExportDataArguments) -> None:
-    """Write a task's data in a format of others."""
-    from dmc_hub.data import DatasetCardText, DatasetConfig, save_dataset, split_episodes
-    from dmc_hub.interop import save_lerobot_dataset, save_minari_dataset
-
-    task, folder = get_task(arguments.task), Path(arguments.output_dir)
-    data = task.dataset(arguments.seed)
-    scores = {} if task.optimal_return is None else {"optimum": task.optimal_return()}
-    if arguments.format == "datasets":
-        text = DatasetCardText(
-            title=task.name,
-            description=f"Offline data of {task.summary}.",
-            repo_id=arguments.repo_id,
-            command=f"dmc-hub export-data --task {task.name} --seed {arguments.seed} --output-dir {task.name}",
-            scores=scores,
-        )
-        splits = split_episodes(data, seed=arguments.seed)
-        save_dataset(folder, [DatasetConfig(task.name, task.summary, splits)], text)
-    elif arguments.format == "lerobot":
-        save_lerobot_dataset(data, folder, task=task.summary, fps=1, state_dim=1, reference_scores=scores)
-    else:
-        os.environ["MINARI_DATASETS_PATH"] = str(folder)
-        save_minari_dataset(data, f"{task.name}-v0", env_id=task.env_id, description=task.summary)
-    _say(f"saved {folder}")
 
 
 def collect_data(arguments: CollectArguments) -> None:

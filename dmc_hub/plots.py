@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dmc_hub.data import Episodes
 from dmc_hub.envs.nav1d import draw_reward_distributions
 
 RETURN_COLOR, COHERENCY_COLOR = "tab:blue", "tab:orange"
@@ -89,6 +90,61 @@ def plot_return_histogram(before: np.ndarray, after: np.ndarray, path: str | os.
     axes.legend(frameon=False)
     _hide_spines(axes)
     _save(figure, path)
+
+
+def plot_episodes(
+    episodes: Episodes, path: str | os.PathLike[str], *, title: str = "", max_episodes: int = 12, num_frames: int = 8
+) -> None:
+    """Returns and lengths of all episodes, some episodes in the plane of the two principal components, and frames.
+
+    Args:
+        episodes: the data.
+        path: the PNG file to write.
+        title: above the picture.
+        max_episodes: episodes drawn in the plane at most, evenly over the data; the darker, the higher the return.
+        num_frames: frames of the first of them, evenly over its steps, in a row for each camera.
+    """
+    num_rows = 1 + len(episodes.images)
+    figure = Figure(figsize=(13.0, 3.6 + 1.7 * len(episodes.images)), layout="constrained")
+    grid = figure.add_gridspec(num_rows, 1, height_ratios=[2.2, *[1.0] * len(episodes.images)])
+    left, middle, right = grid[0].subgridspec(1, 3).subplots(squeeze=False)[0]
+    returns, lengths = episodes.returns(), episodes.episode_lengths
+    for axes, values, label in ((left, returns, "return"), (middle, lengths, "length")):
+        axes.hist(values, bins=min(40, max(8, len(values) // 4)), color=RETURN_COLOR, alpha=0.8)
+        axes.axvline(values.mean(), color="black", linewidth=1.2, linestyle="--")
+        axes.set(xlabel=f"{label}: {values.mean():.4g} ± {values.std():.4g}", ylabel="episodes")
+        _hide_spines(axes)
+    chosen = np.unique(np.linspace(0, episodes.num_episodes - 1, max_episodes).astype(int))
+    _draw_principal_plane(right, [_episode_rows(episodes, index) for index in chosen], returns[chosen])
+    for row, (camera, frames) in enumerate(episodes.images.items(), start=1):
+        panels = grid[row].subgridspec(1, num_frames).subplots(squeeze=False)[0]
+        steps = np.linspace(episodes.episode_starts[0], episodes.episode_ends[0] - 1, num_frames).astype(int)
+        for axes, step in zip(panels, steps, strict=True):
+            axes.imshow(frames[step])
+            axes.set_axis_off()
+        panels[0].set_title(camera, fontsize=8, loc="left")
+    figure.suptitle(f"{title}: {episodes.num_episodes} episodes, {episodes.num_steps} steps".removeprefix(": "))
+    _save(figure, path)
+
+
+def _episode_rows(episodes: Episodes, index: int) -> np.ndarray:
+    return episodes.observations[episodes.episode_starts[index] : episodes.episode_ends[index]]
+
+
+def _draw_principal_plane(axes: Axes, parts: Sequence[np.ndarray], returns: np.ndarray) -> None:
+    """Standardised observations of some episodes, projected on their two principal components."""
+    rows = np.concatenate(parts).astype(np.float64)
+    mean, std = rows.mean(0), rows.std(0)
+    scale = np.where(std > 0, std, 1.0)
+    directions = np.linalg.svd(np.cov((rows - mean) / scale, rowvar=False).reshape(rows.shape[1], -1))[0][:, :2]
+    ranks = np.argsort(np.argsort(returns)) / max(len(returns) - 1, 1)
+    for part, rank in zip(parts, ranks, strict=True):
+        plane = (part - mean) / scale @ directions
+        y = plane[:, 1] if plane.shape[1] > 1 else np.arange(len(plane))
+        axes.plot(plane[:, 0], y, color="tab:green", alpha=0.25 + 0.65 * rank, linewidth=1.0)
+        axes.plot(plane[:1, 0], y[:1], "o", color="black", markersize=2.5)
+    axes.set(xlabel="1st principal component", ylabel="2nd" if rows.shape[1] > 1 else "step")
+    _hide_spines(axes)
 
 
 def plot_diversity_front(

@@ -20,7 +20,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*argv: str) -> int:
-    return cli.main(["export-data", "--task", "nav1d-full", *argv])
+    return cli.main(["data", "export", "--task", "nav1d-full", *argv])
 
 
 def test_data_for_datasets(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_data_for_datasets(tmp_path: Path, capsys: Any, monkeypatch: pytest.Monk
     assert (train.num_episodes, validation.num_episodes) == (18, 2)
     card = (tmp_path / "d/README.md").read_text()
     assert 'load_dataset("someone/nav", "nav1d-full", split="train")' in card
-    assert "dmc-hub export-data --task nav1d-full --seed 3" in card
+    assert "dmc-hub data export --task nav1d-full --seed 3" in card
     capsys.readouterr()
 
 
@@ -48,7 +48,7 @@ def test_data_for_lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (["demo", "--pipelines", "nothing"], "`nothing` is not a folder"),
         (["demo", "--pipelines", "x", "--port", "70000"], "`port` must lie in 0..65535, got 70000"),
-        (["export-data", "--task", "nav1d-full", "--output-dir", "x", "--repo-id", "a b"], "a b"),
+        (["data", "export", "--task", "nav1d-full", "--output-dir", "x", "--repo-id", "a b"], "a b"),
     ],
 )
 def test_wrong_input_is_one_line(argv: list[str], message: str, capsys: Any) -> None:

@@ -47,7 +47,7 @@ def collect(space: spaces.Space[Any], data_format: str = "hdf5") -> Any:
     buffers = []
     for index in range(5):
         count = 3 + index % 4
-        samples: list[Any] = [space.sample() for _ in range(count + 1)]
+        samples: Any = [space.sample() for _ in range(count + 1)]
         is_last = np.arange(count) == count - 1
         buffers.append(
             EpisodeBuffer(
@@ -86,7 +86,7 @@ def test_rows_are_those_that_minari_reads(root: Path, data_format: str, space: s
         states = [expected.observations] if space is VECTOR else None
         if states is None:
             count = len(expected.rewards) + 1
-            flat = [
+            flat: Any = [
                 spaces.flatten(
                     space,
                     {
