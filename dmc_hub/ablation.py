@@ -14,6 +14,7 @@ from dmc_hub import checkpoint, plots
 from dmc_hub.cards import results_card
 from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.recipes import OnlineSettings, RunSettings, align_task, finished_report, run_environment, shared_foundation
+from dmc_hub.report import learning_curve
 
 NUM_STAGES = 3
 VARIANTS = (
@@ -176,15 +177,6 @@ def _evaluation(report: Mapping[str, Any], num_candidates: int, passes: int) -> 
 def _final_stage(stages: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The stage whose state the aligner ended with."""
     return max((row for row in stages if row["decision"] != "rolled back"), key=lambda row: row["return_mean"])
-
-
-def learning_curve(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Validated return over the optimizer steps of all stages, `(step, return)`."""
-    curve, start = [(0, float(stages[0]["return_mean"]))], 0
-    for stage in stages[1:]:
-        curve += [(start + row["step"], float(row["return_mean"])) for row in stage["validations"]]
-        start += stage["num_steps"]
-    return curve
 
 
 def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_scale: float, num_episodes: int) -> None:

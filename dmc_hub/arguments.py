@@ -366,6 +366,14 @@ class ReproduceNav1DArguments:
 
 
 @dataclass(kw_only=True)
+class SummarizeArguments:
+    """Arguments of `dmc-hub summarize`."""
+
+    runs: list[str] = field(metadata={"help": "Folders of finished runs that differ in the training seed."})
+    output_dir: str = field(metadata={"help": "Folder for <task>-<controller>.json, .md and .png."})
+
+
+@dataclass(kw_only=True)
 class AblateAlignmentArguments:
     """Arguments of `dmc-hub ablate-alignment`."""
 

@@ -179,6 +179,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "the Nav1D rows of the paper's tables, cell by cell",
             "dmc-hub reproduce-nav1d --output-dir runs/nav1d-table --quick",
         ),
+        "summarize": Command(
+            "dmc_hub.commands:summarize",
+            "runs of one task, one per training seed, as one table, card and plot",
+            "dmc-hub summarize --runs runs/hopper-0 runs/hopper-1 --output-dir runs/hopper",
+        ),
         "ablate-alignment": Command(
             "dmc_hub.commands:ablate_alignment",
             "each alignment method alone, in pairs, in sequence, jointly, with a cascade",

@@ -25,12 +25,14 @@ from dmc_hub.arguments import (
     PushArguments,
     ReproduceNav1DArguments,
     StageArguments,
+    SummarizeArguments,
     require_positive,
 )
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
 from dmc_hub.recipes import align_task, evaluate_on_task
+from dmc_hub.summary import summarize_runs
 from dmc_hub.tasks import Task, describe_task, get_task
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
@@ -181,6 +183,16 @@ def ablate_alignment(arguments: AblateAlignmentArguments) -> None:
     print((Path(arguments.output_dir) / "nav1d-ablation.md").read_text())
 
 
+def summarize(arguments: SummarizeArguments) -> None:
+    """Pool runs of several training seeds."""
+    summary = summarize_runs([Path(run) for run in arguments.runs], Path(arguments.output_dir))
+    (low, high), (after_low, after_high) = summary["return_before_ci"], summary["return_after_ci"]
+    print(
+        f"{summary['task']} {summary['controller']}: {summary['metric']} {summary['return_before']:.2f} "
+        f"[{low:.2f}, {high:.2f}] → {summary['return_after']:.2f} [{after_low:.2f}, {after_high:.2f}]"
+    )
+
+
 def _command(arguments: AlignArguments) -> str:
     """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
     options = {**vars(arguments), "output_dir": f"runs/{get_task(arguments.task).name}-{arguments.controller}"}
@@ -188,10 +200,11 @@ def _command(arguments: AlignArguments) -> str:
     for name in ("foundation", "task"):
         if options[name] is not None and Path(options[name]).is_absolute():
             options[name] = Path(options[name]).name
+    options["data"] = [Path(source).name if Path(source).is_absolute() else source for source in arguments.data]
     defaults = {option.name: option.default for option in fields(AlignArguments)}
     words = ["dmc-hub align"]
     for name, value in options.items():
-        if value not in (None, defaults[name]):
+        if value not in (None, [], defaults[name]):
             text = " ".join(value) if isinstance(value, list) else str(value)
             words.append(f"--{name.replace('_', '-')} {text}")
     return " ".join(words)

@@ -208,7 +208,7 @@ def data_export(arguments: ExportDataArguments) -> None:
     from dmc_hub.interop import save_lerobot_dataset, save_minari_dataset
 
     task, folder = get_task(arguments.task), Path(arguments.output_dir)
-    data = task.make_dataset(arguments.seed)
+    data = task.dataset(arguments.seed)
     scores = {} if task.optimal_return is None else {"optimum": task.optimal_return()}
     if arguments.format == "datasets":
         text = DatasetCardText(

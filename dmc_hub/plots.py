@@ -212,6 +212,29 @@ def plot_table(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
     _save(figure, path)
 
 
+def plot_curves(
+    curves: Sequence[Sequence[tuple[int, float]]], path: str | os.PathLike[str], metric: str = "return"
+) -> None:
+    """Validated metric over the optimizer steps of an alignment, one line per training seed.
+
+    Args:
+        curves: of each seed, `(step, value)`.
+        path: the PNG file to write.
+        metric: what the values are.
+    """
+    if len(curves) == 0:
+        raise ValueError("`curves` is empty: there is nothing to plot.")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for curve in curves:
+        steps, values = zip(*curve, strict=True)
+        axes.plot(steps, values, color=RETURN_COLOR, marker="o", markersize=3, linewidth=1.4, alpha=0.8)
+    axes.axhline(float(np.mean([curve[0][1] for curve in curves])), color=BEFORE_COLOR, linestyle="--", linewidth=1)
+    axes.set(xlabel="optimizer steps of alignment", ylabel=f"validated {metric}")
+    _hide_spines(axes)
+    _save(figure, path)
+
+
 def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Learning curves of every variant, one panel per controller; a line per seed.
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from dmc_hub.data import Episodes
@@ -194,11 +195,11 @@ def nav1d(
     )
 
 
-def generic(task: Task, controller: str, sampler: str = "ddpm") -> Preset:
-    """A start for tasks without a preset of their own, untuned: sizes follow the spaces and the task's horizon.
+def control(task: Task, controller: str, sampler: str = "ddpm") -> Preset:
+    """A task whose observations are numbers: sizes follow its spaces and horizons.
 
-    Planner: a U-Net over `task.horizon` steps (rounded up to what its levels need); Decision Diffuser and policy: a DiT
-    of width 128, or 192 for observations of more than 32 numbers.
+    Planner: a U-Net over `task.horizon` steps; Decision Diffuser and policy: a DiT of width 128, or 192 for
+    observations of more than 32 numbers. The critic values as many actions as are executed at once.
 
     Args:
         task: of low-dimensional observations.
@@ -215,29 +216,42 @@ def generic(task: Task, controller: str, sampler: str = "ddpm") -> Preset:
         raise ValueError(f"`task` {task.name!r} has images: it needs a policy with a vision encoder.")
     is_policy = controller == "policy"
     return Preset(
-        build_pipeline=functools.partial(_build_generic, task=task, controller=controller, sampler=sampler),
-        foundation={"max_steps": 20_000},
-        critic={"max_steps": 20_000, "discount": task.discount},
-        methods=("reward_gradient" if is_policy else "nft", "dpo", "sft"),
+        build_pipeline=functools.partial(_build_control, task=task, controller=controller, sampler=sampler),
+        foundation={
+            "max_steps": 10_000,
+            "learning_rate": 5e-4,
+            "per_device_train_batch_size": 128 if is_policy else 64,
+        },
+        critic={"max_steps": 30_000, "discount": task.discount},
+        methods=("nft", "dpo", "sft"),
         stages={
-            "ddpo": {"max_steps": 100},
-            "reward_gradient": {"max_steps": 100, "per_device_train_batch_size": 64},
-            "nft": {"max_steps": 100},
-            "dpo": {"max_steps": 100, "per_device_train_batch_size": 64},
-            "sft": {"max_steps": 100, "steps_per_buffer": 50},
+            "ddpo": {"max_steps": 100, "learning_rate": 3e-4},
+            "reward_gradient": {"max_steps": 100, "learning_rate": 1e-4, "reference_coefficient": 10.0},
+            "nft": {"max_steps": 100, "learning_rate": 1e-4},
+            "dpo": {"max_steps": 100, "learning_rate": 1e-4},
+            "sft": {"max_steps": 200, "learning_rate": 3e-4, "steps_per_buffer": 50},
         },
         num_candidates=8 if is_policy else 16,
+        num_evaluation_episodes=64,
+        num_validation_episodes=16,
     )
 
 
-def _build_generic(episodes: Episodes, seed: int, *, task: Task, controller: str, sampler: str) -> Any:
+def _build_control(episodes: Episodes, seed: int, *, task: Task, controller: str, sampler: str) -> Any:
     dim = 192 if episodes.observation_dim > 32 else 128
     with _seeded(seed):
         parts = _common_parts(episodes, sampler)
+        parts["critic"] = TwinQCritic(
+            episodes.observation_dim,
+            episodes.action_dim,
+            layer_norm=True,
+            value_scale=_value_scale(episodes, task.discount),
+            num_action_steps=task.num_action_steps,
+        )
         if controller == "policy":
             condition_dim = task.num_observation_steps * episodes.observation_dim
             denoiser: Any = DiffusionTransformer1D(episodes.action_dim, condition_dim, dim=dim, num_heads=4)
-            steps = {"horizon": task.horizon, "num_observation_steps": task.num_observation_steps}
+            steps = {"horizon": task.policy_horizon, "num_observation_steps": task.num_observation_steps}
             return DiffusionPolicyPipeline(denoiser, **parts, **steps)
         dim_mults = (1, 2) if task.horizon < 16 else (1, 2, 4)
         coarsest = 2 ** (len(dim_mults) - 1)
@@ -248,6 +262,12 @@ def _build_generic(episodes: Episodes, seed: int, *, task: Task, controller: str
         denoiser = DiffusionTransformer1D(episodes.observation_dim, dim=dim, num_heads=4)
         inverse_dynamics = InverseDynamics(episodes.observation_dim, episodes.action_dim)
         return DiffuserPlannerPipeline(denoiser, **parts, inverse_dynamics=inverse_dynamics, horizon=horizon)
+
+
+def _value_scale(episodes: Episodes, discount: float) -> float:
+    """About the size of the data's values: their mean reward over the steps that the discount leaves, or an episode."""
+    steps = min(1 / max(1 - discount, 1e-6), float(episodes.episode_lengths.mean()))
+    return max(1.0, float(np.abs(episodes.rewards).mean()) * steps)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -266,5 +286,5 @@ PRESETS: dict[str, Callable[[str, str], Preset]] = {
 
 
 def preset_of(task: Task, controller: str, sampler: str) -> Preset:
-    """The task's own preset, or the generic one where it has none."""
-    return PRESETS[task.name](controller, sampler) if task.name in PRESETS else generic(task, controller, sampler)
+    """The task's own preset, or that of all tasks without one."""
+    return PRESETS[task.name](controller, sampler) if task.name in PRESETS else control(task, controller, sampler)

@@ -457,6 +457,8 @@ def _report(
     ]
     return {
         "task": task.name,
+        "data": [Path(source).name for source in settings.data],
+        "metric": "return" if task.objective == "return" else task.score_name,
         "controller": settings.controller,
         "sampler": settings.sampler,
         "seed": settings.seed,

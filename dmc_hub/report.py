@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,24 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
         stages, folder / "learning_curve.png", baseline=report["return_data"], optimum=report["return_optimal"]
     )
     plots.plot_diversity_front(stages, folder / "diversity.png", report["min_diversity"])
-    plots.plot_nav1d_trajectories(paths_before[..., 0], paths_after[..., 0], folder / "trajectories.png")
+    if report["task"].startswith("nav1d-"):
+        plots.plot_nav1d_trajectories(paths_before[..., 0], paths_after[..., 0], folder / "trajectories.png")
     plots.plot_return_histogram(
         np.asarray(main["returns_before"]), np.asarray(main["returns_after"]), folder / "returns.png"
     )
     checkpoint.write_text(folder / "report.md", cards.render("report.md.jinja", report))
-    checkpoint.write_text(folder / "README.md", cards.adapter_card(report, pictures=list(cards.PICTURES)))
+    checkpoint.write_text(folder / "README.md", cards.adapter_card(report, pictures=list(cards.pictures_in(folder))))
     checkpoint.write_text(folder / cards.REPORT_NAME, json.dumps(report, indent=2) + "\n")
+
+
+def learning_curve(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Validated return over the optimizer steps of all stages, `(step, return)`."""
+    curve, start = [(0, float(stages[0]["return_mean"]))], 0
+    for stage in stages[1:]:
+        validated = sorted(stage["validations"], key=lambda row: row["step"])  # those of a bisection come last
+        curve += [(start + row["step"], float(row["return_mean"])) for row in validated]
+        start += stage["num_steps"]
+    return curve
 
 
 def _label(stage: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from dmc_hub.agent import Agent
 from dmc_hub.collect import random_behavior, run_behavior
 from dmc_hub.data import Episodes
 from dmc_hub.evaluation import evaluate
-from dmc_hub.presets import generic
+from dmc_hub.presets import control
 from dmc_hub.tasks import Task, make_vector_env
 from dmc_hub.trainers.alignment import METHODS
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
@@ -100,7 +100,7 @@ def _check_controller(task: Task, episodes: Episodes, controller: str, seed: int
     sizes: dict[str, Any] = {"per_device_train_batch_size": BATCH_SIZE, "max_steps": NUM_TRAIN_STEPS, "seed": seed}
     common = {"output_dir": None, "disable_tqdm": True, **sizes}
     start = time.perf_counter()
-    preset = generic(task, controller)
+    preset = control(task, controller)
     pipeline = preset.build_pipeline(episodes, seed)
     DenoisingTrainer(pipeline, DenoisingConfig(**common), train_dataset=episodes).train()
     if controller == "decision_diffuser":
@@ -127,7 +127,7 @@ def _evaluate(task: Task, pipeline: Any, controller: str, seed: int) -> str:
     short = dataclasses.replace(
         task, make_vector=None, make_env=lambda: gymnasium.wrappers.TimeLimit(task.make_env(), length)
     )
-    agent = Agent(pipeline, num_action_steps=task.num_action_steps if controller == "policy" else 1)
+    agent = Agent(pipeline, num_action_steps=task.num_action_steps)
     vector_env = make_vector_env(short, 1)
     try:
         result = evaluate(
@@ -138,6 +138,7 @@ def _evaluate(task: Task, pipeline: Any, controller: str, seed: int) -> str:
             action_selection="greedy",
             success=task.success,
             score=task.score,
+            objective=task.objective,
         )
     finally:
         vector_env.close()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dmc_hub import ablation
-from dmc_hub.ablation import ablate_alignment, learning_curve, variant_methods
+from dmc_hub.ablation import ablate_alignment, variant_methods
 from dmc_hub.presets import PRESETS
+from dmc_hub.report import learning_curve
 
 
 def test_every_variant_runs_what_its_name_says() -> None:

@@ -53,8 +53,9 @@ class Task:
         behavior_log_prob: `(observations, actions) -> log-density` of the policy that made the data, for the coherency
             of policies (Eq. 16).
         controllers: kinds of controller that make sense for the task.
-        horizon: steps of a planner's window, or of a policy's action sequence; likewise `num_observation_steps` and
-            `num_action_steps`, those that a policy sees, and executes before it decides again.
+        horizon: steps of a planner's window; `policy_horizon` those of a policy's action sequence.
+        num_observation_steps: observations that a policy sees.
+        num_action_steps: actions executed before the next decision.
         discount: of the critic.
     """
 
@@ -83,6 +84,7 @@ class Task:
     behavior_log_prob: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     controllers: tuple[str, ...] = ("planner", "decision_diffuser", "policy")
     horizon: int = 32
+    policy_horizon: int = 16
     num_observation_steps: int = 1
     num_action_steps: int = 1
     discount: float = 0.99

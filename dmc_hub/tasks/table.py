@@ -51,7 +51,7 @@ def _nav1d_task(variant: str, data: str) -> Task:
         dynamics=nav1d.planned_next_positions,
         behavior_log_prob=nav1d_behavior(variant),
         horizon=nav1d.HORIZON,
-        discount=0.99,
+        policy_horizon=1,
     )
 
 
@@ -75,12 +75,14 @@ def _locomotion_tasks() -> Iterator[Task]:
                 reward="forward velocity, a healthy reward where the robot can fall, minus a cost of control",
                 score=functools.partial(d4rl_score, low=low, high=high),
                 score_name="D4RL's normalised score",
-                reader="d4rl_hdf5",
+                reader="d4rl",
                 data_hint=f"read D4RL's {short}-{quality}-v2.hdf5 (http://rail.eecs.berkeley.edu/datasets/offline_rl/"
                 f"gym_mujoco_v2/{short}_{quality.replace('-', '_')}-v2.hdf5), or make your own set by `dmc-hub data "
                 f"collect --task {short}-{quality}`.",
                 behavior=quality,
-                horizon=4 if short == "halfcheetah" else 32,
+                horizon=16,
+                policy_horizon=4,
+                num_action_steps=4,
             )
 
 
@@ -102,8 +104,8 @@ def _push_t_task(kind: str) -> Task:
         score=max_reward_score,
         score_name="maximal coverage over 0.95",
         objective="score",
-        reader="diffusion_policy_zarr",
-        reader_options={"reward": push_t.push_t_reward, "images": ("img",) if is_image else ()},
+        reader="zarr",
+        reader_options={"reward": push_t.push_t_reward, "image_keys": ("img",) if is_image else ()},
         data_hint="read Diffusion Policy's pusht_cchi_v7_replay.zarr (in "
         "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip).",
         controllers=("policy",) if is_image else ("planner", "decision_diffuser", "policy"),
@@ -131,6 +133,7 @@ def _metaworld_task(name: str) -> Task:
         data_hint=f"make it by `dmc-hub data collect --task metaworld-{name}`.",
         behavior="scripted",
         horizon=16,
+        policy_horizon=8,
         num_action_steps=4,
     )
 
@@ -151,9 +154,11 @@ def _antmaze_task(maze: str, goals: str) -> Task:
         success="any step",
         score=functools.partial(success_score, when="any step", scale=100.0),
         score_name="100 × success rate",
-        reader="d4rl_hdf5",
+        reader="d4rl",
         data_hint=f"read D4RL's {name}-v2 (Minari: D4RL/antmaze/{maze}-{goals}-v1), or collect your own.",
         horizon=64,
+        policy_horizon=8,
+        num_action_steps=4,
         discount=0.995,
     )
 
@@ -176,7 +181,7 @@ def _kitchen_task(kind: str) -> Task:
         success="any step",
         score=functools.partial(success_score, when="any step") if is_relay else score,
         score_name="p4, the share of episodes with four subtasks" if is_relay else "25 × completed subtasks",
-        reader="kitchen_npy" if is_relay else "d4rl_hdf5",
+        reader="relay-kitchen" if is_relay else "d4rl",
         data_hint="read Relay Policy Learning's demonstrations (in "
         "https://diffusion-policy.cs.columbia.edu/data/training/kitchen.zip)."
         if is_relay
@@ -209,10 +214,10 @@ def _robomimic_task(name: str, operators: str, images: bool) -> Task:
         success="any step",
         score=functools.partial(success_score, when="any step"),
         score_name="success rate",
-        reader="robomimic_hdf5",
+        reader="robomimic",
         reader_options={
             "observation_keys": task.robot_keys if images else task.observation_keys,
-            "images": tuple(f"{camera}_image" for camera in task.cameras) if images else (),
+            "image_keys": tuple(f"{camera}_image" for camera in task.cameras) if images else (),
         },
         data_hint=f"read robomimic's {name}/{operators}/{'image' if images else 'low_dim'}_v141.hdf5 "
         "(https://robomimic.github.io/docs/datasets/robomimic_v0.1.html).",
