@@ -264,3 +264,11 @@ def test_transitions_over_several_steps(horizon: int) -> None:
         np.testing.assert_array_equal(gathered["observations"][step], episodes.observations[step])
         padding = np.zeros((horizon - (stop - step), 1), dtype=np.float32)
         np.testing.assert_array_equal(gathered["actions"][step], np.concatenate([episodes.actions[step:stop], padding]))
+
+
+def test_first_takes_whole_episodes() -> None:
+    episodes = make_episodes((3, 2, 4))
+    assert episodes.first(8).episode_lengths.tolist() == [3, 2]
+    assert episodes.first(9).num_steps == 9
+    with pytest.raises(ValueError, match="`max_steps` 2 is less than the first episode's 3 steps"):
+        episodes.first(2)
