@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FACTS_NAME = "source.json"
 _ARROW_NAME = "data-00000-of-00001.arrow"
-_WRITE_BYTES = 16 << 20
+_WRITE_BYTES = 8 << 20
 
 
 def convert(source: EpisodeSource, output_dir: str | os.PathLike[str]) -> Path:
