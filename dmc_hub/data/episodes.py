@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -232,19 +233,25 @@ class Windows:
         """
         starts = _as_indices(indices)
         episodes, lead = self.episodes, self.num_past_actions
-        is_padded = (starts - lead < self.first_steps[starts]) | (starts + self.horizon - 1 > self.last_steps[starts])
         batch = {
             "observations": _runs(episodes.observations, starts, self.horizon),
             "actions": _runs(episodes.actions, starts - lead, self.horizon),
             "rewards": _runs(episodes.rewards, starts, self.horizon),
             "valid": np.ones((len(starts), self.horizon), dtype=bool),
         }
-        padded = np.flatnonzero(is_padded)
+        padded = np.flatnonzero(self._is_padded[starts])
         if len(padded):
             for name, values in self._padded(starts[padded]).items():
                 batch[name][padded] = values
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        return {**tensors, "observation_history": self.history(starts)}
+        is_short = self.num_observation_steps == 1
+        return {**tensors, "observation_history": tensors["observations"][:, :1] if is_short else self.history(starts)}
+
+    @cached_property
+    def _is_padded(self) -> np.ndarray:
+        """Whether the window of a step reaches over an end of its episode, bool of shape `(num_steps,)`."""
+        steps = np.arange(len(self))
+        return (steps - self.num_past_actions < self.first_steps) | (steps + self.horizon - 1 > self.last_steps)
 
     def _padded(self, starts: np.ndarray) -> dict[str, np.ndarray]:
         """Windows that reach over an end of their episode, row by row."""
