@@ -16,6 +16,7 @@ import torch
 from dmc_hub import __version__, checkpoint
 from dmc_hub.arguments import AlignArguments
 from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
+from dmc_hub.benchmarks.data import measure_conversion, measure_windows
 from dmc_hub.recipes import shared_foundation
 
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}
@@ -32,6 +33,19 @@ def alignment(arguments: argparse.Namespace) -> dict[str, Any]:
         return RewardPerForward(Path(foundation), controller=arguments.controller, seed=arguments.seed).run(steps)
 
 
+def data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Windows per second against a Dataset with a DataLoader, and the memory of converting a large file."""
+    result: dict[str, Any] = {
+        "windows": [
+            measure_windows(horizon=horizon, batch_size=arguments.batch_size, seed=arguments.seed)
+            for horizon in arguments.horizons
+        ]
+    }
+    if arguments.gigabytes > 0:
+        result["conversion"] = measure_conversion(arguments.gigabytes, seed=arguments.seed)
+    return result
+
+
 def main() -> int:
     """Parse the arguments, run one benchmark, write or print its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -42,6 +56,12 @@ def main() -> int:
     command.add_argument("--foundation", help="folder of a trained pipeline with its critic; by default one is trained")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of training steps")
+    command = benchmarks.add_parser("data", help=data.__doc__)
+    command.set_defaults(run=data)
+    command.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32])
+    command.add_argument("--batch-size", type=int, default=256)
+    command.add_argument("--gigabytes", type=float, default=2.0, help="size of the file to convert; 0: none")
+    command.add_argument("--seed", type=int, default=0)
     for each in benchmarks.choices.values():
         each.add_argument("--output", help="JSON file; printed by default")
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ import io
 import json
 import mmap
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 FACTS_NAME = "source.json"
 _ARROW_NAME = "data-00000-of-00001.arrow"
-_WRITE_BYTES = 16 << 20
+_WRITE_BYTES = 8 << 20
 
 
 def convert(source: EpisodeSource, output_dir: str | os.PathLike[str]) -> Path:
@@ -153,8 +154,7 @@ class _ColumnFiles:
         self.num_steps = self.num_episodes = 0
         self._files: dict[str, BinaryIO] = {}
         self._moments: dict[str, RunningMoments] = {}
-        self._returns: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
+        self._returns, self._lengths = array("d"), array("q")
 
     def __enter__(self) -> _ColumnFiles:
         return self
@@ -173,8 +173,8 @@ class _ColumnFiles:
             if name not in self._files:
                 self._files[name] = (self.folder / str(len(self._files))).open("wb")
             self._files[name].write(np.ascontiguousarray(values).data)
-        self._returns.append(block.returns())
-        self._lengths.append(block.episode_lengths)
+        self._returns.frombytes(block.returns().tobytes())
+        self._lengths.frombytes(block.episode_lengths.tobytes())
         self.num_steps += block.num_steps
         self.num_episodes += block.num_episodes
 
@@ -183,7 +183,7 @@ class _ColumnFiles:
         return {
             "num_rows": self.num_steps,
             "columns": {name: moments.to_dict() for name, moments in self._moments.items()},
-            "episodes": episode_statistics(np.concatenate(self._returns), np.concatenate(self._lengths)),
+            "episodes": episode_statistics(np.array(self._returns), np.array(self._lengths)),
         }
 
     def write_arrow(self, path: Path, features: Features) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -241,6 +243,29 @@ class Windows:
             all float32, and `valid` `(batch, horizon)`, bool.
         """
         starts = _as_indices(indices)
+        episodes, lead = self.episodes, self.num_past_actions
+        batch = {
+            "observations": _runs(episodes.observations, starts, self.horizon),
+            "actions": _runs(episodes.actions, starts - lead, self.horizon),
+            "rewards": _runs(episodes.rewards, starts, self.horizon),
+            "valid": np.ones((len(starts), self.horizon), dtype=bool),
+        }
+        padded = np.flatnonzero(self._is_padded[starts])
+        if len(padded):
+            for name, values in self._padded(starts[padded]).items():
+                batch[name][padded] = values
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        is_short = self.num_observation_steps == 1
+        return {**tensors, "observation_history": tensors["observations"][:, :1] if is_short else self.history(starts)}
+
+    @cached_property
+    def _is_padded(self) -> np.ndarray:
+        """Whether the window of a step reaches over an end of its episode, bool of shape `(num_steps,)`."""
+        steps = np.arange(len(self))
+        return (steps - self.num_past_actions < self.first_steps) | (steps + self.horizon - 1 > self.last_steps)
+
+    def _padded(self, starts: np.ndarray) -> dict[str, np.ndarray]:
+        """Windows that reach over an end of their episode, row by row."""
         last = self.last_steps[starts][:, None]
         steps = starts[:, None] + np.arange(self.horizon)
         valid = steps <= last
@@ -249,11 +274,10 @@ class Windows:
         acting = steps - self.num_past_actions
         action_rows = np.clip(acting, self.first_steps[starts][:, None], last)
         return {
-            "observations": torch.from_numpy(np.where(valid[..., None], self.episodes.observations[rows], final)),
-            "actions": torch.from_numpy(self.episodes.actions[action_rows] * (acting <= last)[..., None]),
-            "rewards": torch.from_numpy(self.episodes.rewards[rows] * valid),
-            "observation_history": self.history(starts),
-            "valid": torch.from_numpy(valid),
+            "observations": np.where(valid[..., None], self.episodes.observations[rows], final),
+            "actions": self.episodes.actions[action_rows] * (acting <= last)[..., None],
+            "rewards": self.episodes.rewards[rows] * valid,
+            "valid": valid,
         }
 
     def transitions(self, indices: np.ndarray | Tensor, discount: float) -> dict[str, Tensor]:
@@ -312,6 +336,15 @@ def _image_feature(shape: tuple[int, ...]) -> datasets.List:
     height, width, channels = shape
     row = datasets.List(datasets.List(datasets.Value("uint8"), length=channels), length=width)
     return datasets.List(row, length=height)
+
+
+def _runs(array: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """`length` rows from each start on, a copy of whole runs of memory; what lies outside the array is arbitrary."""
+    count = len(array) - length + 1
+    if count < 1:
+        return array[np.clip(starts[:, None] + np.arange(length), 0, len(array) - 1)]
+    shape, strides = (count, length, *array.shape[1:]), (array.strides[0], *array.strides)
+    return as_strided(array, shape, strides, writeable=False)[np.clip(starts, 0, count - 1)]
 
 
 def _as_indices(indices: np.ndarray | Tensor) -> np.ndarray:

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,43 @@ def test_first_takes_whole_episodes() -> None:
     assert episodes.first(9).num_steps == 9
     with pytest.raises(ValueError, match="`max_steps` 2 is less than the first episode's 3 steps"):
         episodes.first(2)
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, 9, 4), (2,), (20,)])
+@pytest.mark.parametrize(("horizon", "num_past_actions"), [(1, 0), (4, 0), (4, 1), (4, 3), (12, 5)])
+def test_windows_are_what_a_loop_over_steps_gives(
+    lengths: tuple[int, ...], horizon: int, num_past_actions: int
+) -> None:
+    episodes = make_episodes(lengths)
+    got = episodes.windows(horizon, num_past_actions=num_past_actions).gather(np.arange(episodes.num_steps)[::-1])
+    for place, start in enumerate(range(episodes.num_steps - 1, -1, -1)):
+        episode = int(np.searchsorted(episodes.episode_ends, start, side="right"))
+        first, last = int(episodes.episode_starts[episode]), int(episodes.episode_ends[episode]) - 1
+        for offset in range(horizon):
+            step, acting = start + offset, start + offset - num_past_actions
+            inside = step <= last
+            state = episodes.observations[step] if inside else episodes.next_observations[last]
+            action = episodes.actions[max(acting, first)] if acting <= last else np.zeros(1)
+            np.testing.assert_array_equal(got["observations"][place, offset], state)
+            np.testing.assert_array_equal(got["actions"][place, offset], action)
+            assert got["rewards"][place, offset] == (episodes.rewards[step] if inside else 0)
+            assert got["valid"][place, offset] == inside
+
+
+def test_images_travel_with_their_steps(tmp_path: Path) -> None:
+    episodes = make_episodes((3, 2, 4))
+    frames = np.random.default_rng(0).integers(0, 256, (9, 2, 5, 3)).astype(np.uint8)
+    seen = dataclasses.replace(episodes, images={"wrist": frames})
+    seen.to_dataset().save_to_disk(tmp_path)
+    loaded = Episodes.from_dataset(datasets.load_from_disk(tmp_path))
+    np.testing.assert_array_equal(loaded.images["wrist"], frames)
+    assert not loaded.images["wrist"].flags.owndata
+    assert not loaded.images["wrist"].flags.writeable, "a view of the file"
+    np.testing.assert_array_equal(seen.select(np.array([2, 0])).images["wrist"], frames[[5, 6, 7, 8, 0, 1, 2]])
+    np.testing.assert_array_equal(seen.newest(5).images["wrist"], frames[5:])
+    np.testing.assert_array_equal(Episodes.concatenate(seen, seen).images["wrist"], np.concatenate([frames, frames]))
+    with pytest.raises(ValueError, match="differ in the cameras and shapes of their `images`"):
+        Episodes.concatenate(seen, episodes)
+    flat = datasets.List(datasets.List(datasets.List(datasets.Value("uint8")), length=5), length=2)
+    with pytest.raises(ValueError, match=r"'images.wrist' must hold uint8 images"):
+        Episodes.from_dataset(seen.to_dataset().cast_column("images.wrist", flat))

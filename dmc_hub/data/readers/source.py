@@ -13,7 +13,7 @@ import numpy as np
 
 from dmc_hub.data.episodes import Episodes
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 2 << 20
 """Readers read slices of about this size."""
 MAX_EPISODE_BYTES = 1 << 30
 MAX_CHUNK_BYTES = 256 << 20
