@@ -89,6 +89,11 @@ def test_without_next_observations_it_is_qlearning_dataset(tmp_path: Path) -> No
     assert np.flatnonzero(episodes.truncations).tolist() == [6, 9]
 
 
+def test_a_terminal_at_a_time_out_is_left_out_as_in_qlearning_dataset(tmp_path: Path) -> None:
+    arrays = rows(terminals=np.isin(np.arange(12), [3, 7]))
+    assert_is_qlearning_dataset(load_episodes(write(tmp_path / "a.hdf5", arrays)), arrays)
+
+
 def test_without_timeouts_the_limit_cuts(tmp_path: Path) -> None:
     """Kitchen's files, whose limit is the environment's; the terminal comes before the limit."""
     arrays = rows(30, timeouts=None)
