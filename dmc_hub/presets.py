@@ -215,21 +215,18 @@ def control(task: Task, controller: str, sampler: str = "ddpm") -> Preset:
     if task.observation_dim is None:
         raise ValueError(f"`task` {task.name!r} has images: it needs a policy with a vision encoder.")
     is_policy = controller == "policy"
+    batch = {"per_device_train_batch_size": 128 if is_policy else 64}
     return Preset(
         build_pipeline=functools.partial(_build_control, task=task, controller=controller, sampler=sampler),
-        foundation={
-            "max_steps": 10_000,
-            "learning_rate": 5e-4,
-            "per_device_train_batch_size": 128 if is_policy else 64,
-        },
-        critic={"max_steps": 30_000, "discount": task.discount},
+        foundation={"max_steps": 6_000, "learning_rate": 5e-4, **batch},
+        critic={"max_steps": 20_000, "per_device_train_batch_size": 128, "discount": task.discount},
         methods=("nft", "dpo", "sft"),
         stages={
-            "ddpo": {"max_steps": 100, "learning_rate": 3e-4},
-            "reward_gradient": {"max_steps": 100, "learning_rate": 1e-4, "reference_coefficient": 10.0},
-            "nft": {"max_steps": 100, "learning_rate": 1e-4},
-            "dpo": {"max_steps": 100, "learning_rate": 1e-4},
-            "sft": {"max_steps": 200, "learning_rate": 3e-4, "steps_per_buffer": 50},
+            "ddpo": {"max_steps": 100, "learning_rate": 3e-5},
+            "reward_gradient": {"max_steps": 100, "learning_rate": 1e-4, "reference_coefficient": 10.0, **batch},
+            "nft": {"max_steps": 100, "learning_rate": 3e-5, **batch},
+            "dpo": {"max_steps": 200, "learning_rate": 1e-4, **batch},
+            "sft": {"max_steps": 400, "steps_per_buffer": 50, "num_conditions": 512 if is_policy else 128, **batch},
         },
         num_candidates=8 if is_policy else 16,
         num_evaluation_episodes=64,
