@@ -17,7 +17,7 @@ from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
 from dmc_hub.rollout import Rollouts, run_episodes
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
-from dmc_hub.trainers.loop import hash_seed, last_metrics, verify_part
+from dmc_hub.trainers.loop import episodes_that_fit, hash_seed, last_metrics, verify_part
 
 EnvironmentMaker = Callable[[], VectorEnv[Any, Any, Any]]
 
@@ -189,7 +189,7 @@ class OnlineCollector:
     def _collect(self, stage: int) -> tuple[Episodes, dict[str, Any]]:
         start = time.perf_counter()
         rollouts = self._run_episodes(stage)
-        episodes = rollouts.to_episodes()
+        episodes = episodes_that_fit(self.pipeline, rollouts.to_episodes())
         facts = {
             "seeds": rollouts.seeds.tolist(),
             "failed_seeds": rollouts.failed_seeds.tolist(),
@@ -215,6 +215,7 @@ class OnlineCollector:
                 seeds=range(first, first + self.config.num_episodes),
                 generator=torch.Generator().manual_seed(hash_seed("collect", self.seed, stage)),
                 on_reset=agent.reset,
+                record_images=self.pipeline.components.get("vision_encoder") is not None,
             )
         finally:
             environments.close()
@@ -247,11 +248,13 @@ class OnlineCollector:
 
 
 def save_episodes(path: Path, episodes: Episodes) -> None:
-    """Write episodes as one safetensors file, a tensor for each of their arrays."""
-    arrays = {field.name: getattr(episodes, field.name) for field in dataclasses.fields(episodes)}
+    """Write episodes without images as one safetensors file, a tensor for each of their arrays."""
+    names = [field.name for field in dataclasses.fields(episodes) if field.name != "images"]
+    arrays = {name: getattr(episodes, name) for name in names}
     checkpoint.save_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def load_episodes(path: Path) -> Episodes:
     """Read what `save_episodes` wrote. Raises `CheckpointError` if the file is missing or unreadable."""
-    return Episodes(**{name: tensor.numpy() for name, tensor in checkpoint.load_tensors(path).items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in checkpoint.load_tensors(path).items()}
+    return Episodes(**arrays)

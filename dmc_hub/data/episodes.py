@@ -6,8 +6,9 @@ dataset loaded from disk stays memory-mapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -37,6 +38,8 @@ class Episodes:
     terminations: bool of shape `(num_steps,)`, true where the task itself ended.
     truncations: bool of shape `(num_steps,)`, true where the episode was cut.
     episode_ends: int64 of shape `(num_episodes,)`, the exclusive end of every episode.
+    images: by camera, uint8 of shape `(num_steps, height, width, 3)`, memory-mapped where the source allows; what was
+        seen together with `observations`, which are then the state. There is no image of what followed the last step.
     """
 
     observations: np.ndarray
@@ -46,6 +49,7 @@ class Episodes:
     terminations: np.ndarray
     truncations: np.ndarray
     episode_ends: np.ndarray
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> Episodes:
@@ -57,10 +61,10 @@ class Episodes:
                 step.
         """
         table = _read_table(dataset)
-        vectors = {name: _vector_column(table, name) for name in VECTOR_COLUMNS}
-        scalars = {name: _scalar_column(table, name) for name in _SCALAR_TYPES}
-        episode_ends = _episode_ends(scalars.pop("episode_ids"))
-        episodes = cls(**vectors, **scalars, episode_ends=episode_ends)
+        columns: dict[str, Any] = {name: _vector_column(table, name) for name in VECTOR_COLUMNS}
+        columns |= {name: _scalar_column(table, name) for name in _SCALAR_TYPES}
+        episode_ends = _episode_ends(columns.pop("episode_ids"))
+        episodes = cls(**columns, episode_ends=episode_ends)
         _check_widths(episodes)
         _check_finite(episodes)
         _check_ends(episodes)
@@ -83,10 +87,14 @@ class Episodes:
         widths = {(part.observation_dim, part.action_dim) for part in episodes}
         if len(widths) > 1:
             raise ValueError(f"`episodes` differ in (observation_dim, action_dim): got {sorted(widths)}.")
+        cameras = {tuple(sorted(part.images)) for part in episodes}
+        if len(cameras) > 1:
+            raise ValueError(f"`episodes` differ in their cameras: got {sorted(cameras)}.")
         joined = {name: np.concatenate([getattr(part, name) for part in episodes]) for name in _STEP_FIELDS}
+        images = {name: np.concatenate([part.images[name] for part in episodes]) for name in episodes[0].images}
         offsets = np.cumsum([0, *(part.num_steps for part in episodes[:-1])])
         ends = [part.episode_ends + offset for part, offset in zip(episodes, offsets, strict=True)]
-        return cls(**joined, episode_ends=np.concatenate(ends))
+        return cls(**joined, episode_ends=np.concatenate(ends), images=images)
 
     def newest(self, max_steps: int) -> Episodes:
         """The last episodes, as many whole ones as fit into `max_steps` steps, at least the very last."""
@@ -95,7 +103,8 @@ class Episodes:
         kept[-1] = True
         first = starts[kept][0]
         rows = {name: getattr(self, name)[first:] for name in _STEP_FIELDS}
-        return Episodes(**rows, episode_ends=self.episode_ends[kept] - first)
+        images = {name: frames[first:] for name, frames in self.images.items()}
+        return Episodes(**rows, episode_ends=self.episode_ends[kept] - first, images=images)
 
     @property
     def num_steps(self) -> int:
@@ -132,7 +141,8 @@ class Episodes:
         starts, lengths = self.episode_starts[indices], self.episode_lengths[indices]
         ends = np.cumsum(lengths)
         rows = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
-        return Episodes(**{name: getattr(self, name)[rows] for name in _STEP_FIELDS}, episode_ends=ends)
+        images = {name: frames[rows] for name, frames in self.images.items()}
+        return Episodes(**{name: getattr(self, name)[rows] for name in _STEP_FIELDS}, episode_ends=ends, images=images)
 
     def transitions(self, indices: np.ndarray | Tensor) -> dict[str, Tensor]:
         """Gather single steps.
@@ -167,7 +177,7 @@ class Episodes:
         return Windows(self, horizon, num_observation_steps, first, last, num_past_actions)
 
     def to_dataset(self) -> Dataset:
-        """The episodes as a `datasets.Dataset` that `from_dataset` reads back to the same arrays."""
+        """The episodes, without images, as a `datasets.Dataset` that `from_dataset` reads back to the same arrays."""
         features = episode_features(self.observation_dim, self.action_dim)
         columns = {name: _fixed_size_lists(getattr(self, name)) for name in VECTOR_COLUMNS}
         for name in ("rewards", "terminations", "truncations"):
@@ -233,9 +243,18 @@ class Windows:
 
         Shape `(batch, num_observation_steps, observation_dim)`, float32.
         """
+        return torch.from_numpy(self.episodes.observations[self._history_rows(indices)])
+
+    def image_history(self, indices: np.ndarray | Tensor, cameras: Sequence[str]) -> dict[str, Tensor]:
+        """What these cameras saw at the steps of `history`: `images/<camera>`, uint8 of shape `(batch,
+        num_observation_steps, height, width, 3)`."""
+        rows = self._history_rows(indices)
+        return {f"images/{name}": torch.from_numpy(self.episodes.images[name][rows]) for name in cameras}
+
+    def _history_rows(self, indices: np.ndarray | Tensor) -> np.ndarray:
         steps = _as_indices(indices)
         rows = steps[:, None] + np.arange(1 - self.num_observation_steps, 1)
-        return torch.from_numpy(self.episodes.observations[np.maximum(rows, self.first_steps[steps][:, None])])
+        return np.maximum(rows, self.first_steps[steps][:, None])
 
 
 def episode_features(observation_dim: int, action_dim: int) -> Features:

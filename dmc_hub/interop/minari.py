@@ -94,7 +94,7 @@ def load_minari_episodes(dataset: Any) -> Episodes:
         for name, values in scalars.items():
             values.append(np.asarray(getattr(episode, name)))
     ends = np.cumsum([len(part) for part in scalars["rewards"]])
-    columns = {name: np.concatenate(parts).astype(np.float32) for name, parts in rows.items()}
+    columns: dict[str, Any] = {name: np.concatenate(parts).astype(np.float32) for name, parts in rows.items()}
     columns["rewards"] = np.concatenate(scalars["rewards"]).astype(np.float32)
     for name in ("terminations", "truncations"):
         columns[name] = np.concatenate(scalars[name]).astype(bool)

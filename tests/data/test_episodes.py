@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def from_rows(features: datasets.Features | None = None, **changes: Any) -> data
 
 
 def assert_equal(left: Episodes, right: Episodes) -> None:
-    for name in Episodes.__dataclass_fields__:
+    assert left.images.keys() == right.images.keys()
+    for name in Episodes.__dataclass_fields__.keys() - {"images"}:
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
         assert getattr(left, name).dtype == getattr(right, name).dtype
 
@@ -159,8 +161,42 @@ def test_the_newest_episodes_are_whole_ones() -> None:
 def episodes_tail() -> Episodes:
     """The second episode of `make_episodes`, alone."""
     both = make_episodes()
-    columns = {name: getattr(both, name)[3:] for name in Episodes.__dataclass_fields__ if name != "episode_ends"}
+    names = Episodes.__dataclass_fields__.keys() - {"episode_ends", "images"}
+    columns = {name: getattr(both, name)[3:] for name in names}
     return Episodes(**columns, episode_ends=np.array([2]))
+
+
+def with_images(episodes: Episodes, first: int = 0) -> Episodes:
+    """Every pixel is the step's index, and 100 more in the second camera."""
+    steps = np.arange(first, first + episodes.num_steps, dtype=np.uint8)[:, None, None, None]
+    front = np.broadcast_to(steps, (episodes.num_steps, 4, 5, 3))
+    return dataclasses.replace(episodes, images={"front": front, "wrist": front[:, :2] + np.uint8(100)})
+
+
+def test_images_stay_with_their_steps() -> None:
+    episodes = with_images(make_episodes((3, 2, 4)))
+    for part in (
+        episodes.select(np.array([2, 0])),
+        episodes.newest(6),
+        Episodes.concatenate(episodes.select(np.array([1])), episodes.newest(1)),
+    ):
+        np.testing.assert_array_equal(part.images["front"][:, 3, 4, 2], part.observations[:, 0])
+        np.testing.assert_array_equal(part.images["wrist"][:, 0, 0, 0], part.observations[:, 0] + 100)
+        assert part.images["wrist"].shape[1:] == (2, 5, 3)
+    with pytest.raises(ValueError, match=r"differ in their cameras: got \[\(\), \('front', 'wrist'\)\]"):
+        Episodes.concatenate(episodes, make_episodes())
+
+
+def test_the_history_of_images_is_that_of_observations() -> None:
+    windows = with_images(make_episodes((3, 2, 4))).windows(2, num_observation_steps=3)
+    indices = torch.tensor([0, 2, 3, 8])
+    seen = windows.image_history(indices, ["wrist"])
+    assert list(seen) == ["images/wrist"]
+    assert seen["images/wrist"].dtype == torch.uint8
+    assert seen["images/wrist"].shape == (4, 3, 2, 5, 3)
+    torch.testing.assert_close(
+        seen["images/wrist"][..., 1, 4, 2].float(), windows.history(indices)[..., 0] + 100, rtol=0, atol=0
+    )
 
 
 def test_missing_columns_and_missing_steps_are_named() -> None:

@@ -91,7 +91,8 @@ def finished(
 
 
 def arrays(episodes: Episodes) -> dict[str, np.ndarray]:
-    return {field.name: getattr(episodes, field.name) for field in dataclasses.fields(episodes)}
+    names = [field.name for field in dataclasses.fields(episodes) if field.name != "images"]
+    return {name: getattr(episodes, name) for name in names}
 
 
 def weights(pipeline: Any) -> dict[str, Tensor]:
