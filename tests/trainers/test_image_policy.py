@@ -241,6 +241,9 @@ def test_cached_features_are_those_of_acting_bit_for_bit(
     demonstrations: Episodes, trained: tuple[DiffusionPolicyPipeline, float]
 ) -> None:
     pipeline, _ = trained
+    order = np.random.default_rng(0).permutation(demonstrations.num_steps)  # so that pictures differ in an episode
+    shuffled = {"camera": demonstrations.images["camera"][order]}
+    demonstrations = dataclasses.replace(demonstrations, images=shuffled)
     cached = encode_episodes(pipeline, demonstrations)
     assert cached.images == {}
     assert cached.observation_dim == pipeline.observation_dim
