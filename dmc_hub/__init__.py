@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dmc_hub.models.inverse_dynamics import InverseDynamics
     from dmc_hub.models.normalizer import Normalizer
     from dmc_hub.models.temporal_unet import TemporalUnet
+    from dmc_hub.models.vision_encoder import VisionEncoder
     from dmc_hub.pipelines.diffuser_planner import DiffuserPlannerPipeline
     from dmc_hub.pipelines.diffusion_policy import DiffusionPolicyPipeline
     from dmc_hub.scheduler import (
@@ -85,6 +86,7 @@ __all__ = [
     "TransitionScheduler",
     "TwinQCritic",
     "VarianceExplodingSchedule",
+    "VisionEncoder",
     "__version__",
     "align_tasks",
 ]
@@ -101,6 +103,7 @@ _NAMES_OF_MODULE = {
     "dmc_hub.models.dit": ("DiffusionTransformer1D",),
     "dmc_hub.models.normalizer": ("Normalizer",),
     "dmc_hub.models.temporal_unet": ("TemporalUnet",),
+    "dmc_hub.models.vision_encoder": ("VisionEncoder",),
     "dmc_hub.pipelines.diffuser_planner": ("DiffuserPlannerPipeline",),
     "dmc_hub.pipelines.diffusion_policy": ("DiffusionPolicyPipeline",),
     "dmc_hub.scheduler": (

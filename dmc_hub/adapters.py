@@ -99,13 +99,13 @@ class AdaptableController:
         return {n.replace(".base_layer.", "."): tensor for n, tensor in state.items() if ".lora_" not in n}
 
     def base_fingerprint(self) -> str:
-        """SHA-256 over what an adapter depends on: base weights, scheduler, normaliser, inverse dynamics."""
+        """SHA-256 over what an adapter depends on: base weights, scheduler, normaliser, and what acts beside them."""
         digest = hashlib.sha256()
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         digest.update(json.dumps(schedule, sort_keys=True).encode())
-        model = self.components.get("inverse_dynamics")
-        acting = {} if model is None else model.state_dict()
-        for weights in (self.base_weights(), self.normalizer.state_dict(), acting):
+        others = [self.components.get(name) for name in ("inverse_dynamics", "vision_encoder")]
+        acting = [{} if model is None else model.state_dict() for model in others]
+        for weights in (self.base_weights(), self.normalizer.state_dict(), *acting):
             for name in sorted(weights):
                 tensor = weights[name].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

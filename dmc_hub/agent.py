@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,23 +69,29 @@ class Agent:
 
     def reset(self) -> None:
         """Forget everything: new episodes start in all environments."""
-        self._history: deque[np.ndarray] = deque(maxlen=self.pipeline.num_observation_steps)
-        self._past: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.num_context_steps)
+        self._history: deque[Any] = deque(maxlen=self.pipeline.num_observation_steps)
+        self._past: deque[tuple[Any, np.ndarray]] = deque(maxlen=self.num_context_steps)
         self._sequences: deque[np.ndarray] = deque(maxlen=self._num_future_steps)
         self._output: Any = None
         self._age = 0
 
     def __call__(
-        self, observations: np.ndarray, *, generator: int | torch.Generator | None = None, **options: Any
+        self,
+        observations: np.ndarray | Mapping[str, np.ndarray],
+        *,
+        generator: int | torch.Generator | None = None,
+        **options: Any,
     ) -> Any:
         """The pipeline's output, its `action` the one to execute now.
 
         Args:
-            observations: of all environments, shape `(B, observation_dim)`.
+            observations: of all environments, shape `(B, observation_dim)`, or of an image policy the mapping of
+                `state` and images.
             generator: see the pipeline.
             options: passed to the pipeline.
         """
-        observations = np.asarray(observations, dtype=np.float32)
+        if not isinstance(observations, Mapping):
+            observations = np.asarray(observations, dtype=np.float32)
         if not self._history:
             self._history.extend([observations] * self.pipeline.num_observation_steps)
         else:
@@ -98,7 +105,7 @@ class Agent:
 
     def _decide(self, generator: int | torch.Generator | None, options: dict[str, Any]) -> None:
         several = self.pipeline.num_observation_steps > 1
-        seen = np.stack(self._history, axis=1) if several else self._history[-1]
+        seen = _stacked(self._history) if several else self._history[-1]
         if self.num_warm_start_steps is not None and self._output is not None:
             warm = {"previous_plan": self._output.plan, "num_warm_start_steps": self.num_warm_start_steps}
             options = {**options, **warm}
@@ -118,3 +125,10 @@ class Agent:
         opinions = np.stack([sequence[:, newest - i] for i, sequence in enumerate(self._sequences)])
         weights = np.exp(-self.ensembling_decay * np.arange(len(opinions)))
         return np.tensordot(weights / weights.sum(), opinions, axes=1).astype(np.float32)
+
+
+def _stacked(history: Sequence[Any]) -> Any:
+    """Observations of several steps as one, `(B, steps, ...)`, entry by entry where they are mappings."""
+    if isinstance(history[-1], Mapping):
+        return {name: np.stack([step[name] for step in history], axis=1) for name in history[-1]}
+    return np.stack(history, axis=1)

@@ -24,6 +24,7 @@ from dmc_hub.models import (  # noqa: F401
     inverse_dynamics,
     normalizer,
     temporal_unet,
+    vision_encoder,
 )
 from dmc_hub.publish import Published, publish
 

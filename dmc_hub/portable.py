@@ -78,6 +78,9 @@ def describe(pipeline: Any) -> dict[str, Any]:
         "num_observation_steps": pipeline.num_observation_steps,
         "num_inference_steps": pipeline.config.num_inference_steps,
     }
+    encoder = pipeline.components.get("vision_encoder")
+    if encoder is not None:
+        facts.update(state_dim=pipeline.state_dim, cameras=list(encoder.cameras))
     return {**(pipeline.config.get("_task") or {}), **facts}
 
 

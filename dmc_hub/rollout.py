@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tqdm.auto import tqdm
 
@@ -16,7 +17,9 @@ from dmc_hub.data import Episodes
 from dmc_hub.envs.workers import WORKER_FAILURE
 
 NUM_REPETITIONS = 2
-Controller = Callable[[np.ndarray, torch.Generator | None], np.ndarray]
+STATE = "state"
+Controller = Callable[[Any, torch.Generator | None], np.ndarray]
+"""Maps the observations of all environments, an array or a mapping, and a generator to actions."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Rollouts:
     visited: bool of shape `(num_calls, num_envs)`, whose answers of each call of the controller are in `actions`.
     successes: bool of shape `(num_episodes, max_length)`, what `info["success"]` (or `info["is_success"]`) said of each
         step; None where the environment never said it.
+    images: by camera, if they were recorded, uint8 of shape `(num_valid_steps, height, width, channels)`, one episode
+        after the other.
     """
 
     seeds: np.ndarray
@@ -52,6 +57,7 @@ class Rollouts:
     failed_seeds: np.ndarray
     visited: np.ndarray
     successes: np.ndarray | None = None
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def paths(self) -> np.ndarray:
         """All observations of every episode, the last one included: `(num_episodes, max_length + 1, dim)`."""
@@ -88,12 +94,13 @@ class Rollouts:
             terminations=self.terminations[self.valid],
             truncations=self.truncations[self.valid],
             episode_ends=np.cumsum(self.lengths),
+            images=self.images,
         )
 
 
 class _Step(NamedTuple):
-    """One step of all environments; `valid` marks those whose episode was still running, `tells_success` those whose
-    `successes` were told."""
+    """One step of all environments, whose observations are states; `valid` marks those whose episode was still running,
+    `tells_success` those whose `successes` were told."""
 
     observations: np.ndarray
     actions: np.ndarray
@@ -106,6 +113,14 @@ class _Step(NamedTuple):
     tells_success: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The steps of one episode in each environment, and what their cameras saw if that is recorded."""
+
+    steps: list[_Step]
+    images: dict[str, list[np.ndarray]]
+
+
 def run_episodes(
     controller: Controller,
     vector_env: VectorEnv[Any, Any, Any],
@@ -113,6 +128,7 @@ def run_episodes(
     seeds: Sequence[int],
     generator: torch.Generator | None = None,
     on_reset: Callable[[], None] | None = None,
+    record_images: bool = False,
     progress: bool = False,
 ) -> Rollouts:
     """Run one episode per seed, `vector_env.num_envs` of them at a time.
@@ -125,11 +141,14 @@ def run_episodes(
 
     Args:
         controller: maps float32 observations `(num_envs, observation_dim)` and `generator` to actions
-            `(num_envs, action_dim)`.
-        vector_env: with one-dimensional float observations and actions and autoreset mode NEXT_STEP.
+            `(num_envs, action_dim)`; where there are images, a mapping of `state` and of each camera's uint8
+            `(num_envs, height, width, channels)`.
+        vector_env: with one-dimensional float observations and actions and autoreset mode NEXT_STEP. With images, the
+            observation is a `Dict` of such a `state` and of a uint8 `Box` for each camera.
         seeds: one seed per episode, given to the environment that runs it.
         generator: passed on to the controller at every step.
         on_reset: called whenever episodes start in all environments, for controllers that remember.
+        record_images: keep what the cameras saw, for `Rollouts.to_episodes`; observations are the state either way.
         progress: whether to show a bar that counts finished episodes.
 
     Returns:
@@ -143,7 +162,7 @@ def run_episodes(
     _check_environment(vector_env)
     if len(seeds) == 0:
         raise ValueError("`seeds` is empty: pass one seed per episode.")
-    batches: list[list[_Step]] = []
+    batches: list[_Batch] = []
     column_of: dict[int, int] = {}  # where in the batches' columns the episode of each seed's index is
     todo, num_failures = list(range(len(seeds))), [0] * len(seeds)
     with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
@@ -151,15 +170,18 @@ def run_episodes(
             chunk, todo = todo[: vector_env.num_envs], todo[vector_env.num_envs :]
             if on_reset is not None:
                 on_reset()
-            steps, failed = _run_batch(controller, vector_env, [seeds[i] for i in chunk], generator, bar)
+            batch, failed = _run_batch(
+                controller, vector_env, [seeds[i] for i in chunk], generator, bar, record_images=record_images
+            )
             for place, index in enumerate(chunk):
                 num_failures[index] += int(failed[place])
                 if not failed[place]:
                     column_of[index] = len(batches) * vector_env.num_envs + place
                 elif num_failures[index] <= NUM_REPETITIONS:
                     todo.append(index)
-            if steps:
-                batches.append([step._replace(valid=step.valid & ~failed) for step in steps])
+            if batch.steps:
+                steps = [step._replace(valid=step.valid & ~failed) for step in batch.steps]
+                batches.append(_Batch(steps, batch.images))
     given_up = [int(seed) for index, seed in enumerate(seeds) if index not in column_of]
     _report_failures(vector_env, given_up, len(seeds))
     kept = sorted(column_of)
@@ -172,7 +194,9 @@ def _run_batch(
     seeds: Sequence[int],
     generator: torch.Generator | None,
     bar: Any,
-) -> tuple[list[_Step], np.ndarray]:
+    *,
+    record_images: bool,
+) -> tuple[_Batch, np.ndarray]:
     """One episode in each environment: the steps of all, and whose environment failed, bool of shape `(num_envs,)`."""
     spare = vector_env.num_envs - len(seeds)
     env_seeds: Any = [int(seed) for seed in (*seeds, *([seeds[-1]] * spare))]  # gymnasium annotates one seed
@@ -181,22 +205,26 @@ def _run_batch(
     failed = running & _failures(infos, vector_env)
     running = running & ~failed
     steps: list[_Step] = []
+    recorded: dict[str, list[np.ndarray]] = {}
     while running.any():
         place = _Place(vector_env, seeds, len(steps), running)
-        observations = place.check("observations", observations, vector_env.observation_space.shape)
-        actions = place.check("actions", controller(observations, generator), vector_env.action_space.shape)
+        states, images = place.check_observations("observations", observations)
+        seen = {STATE: states, **images} if images else states
+        actions = place.check("actions", controller(seen, generator), vector_env.action_space.shape)
+        for name, frames in images.items() if record_images else ():
+            recorded.setdefault(name, []).append(frames)
         next_observations, rewards, terminations, truncations, infos = vector_env.step(actions)
         failed = failed | (running & _failures(infos, vector_env))
         running = running & ~failed
         place = place._replace(running=running)
         rewards = place.check("rewards", rewards, running.shape, np.float64)
-        next_observations = place.check("next_observations", next_observations, vector_env.observation_space.shape)
+        next_states, _ = place.check_observations("next_observations", next_observations)
         steps.append(
             _Step(
-                observations,
+                states,
                 actions,
                 rewards,
-                next_observations,
+                next_states,
                 np.array(terminations),
                 np.array(truncations),
                 running,
@@ -207,7 +235,7 @@ def _run_batch(
         running = running & ~finished
         observations = next_observations
         bar.update(int(finished.sum()))
-    return steps, failed
+    return _Batch(steps, recorded), failed
 
 
 def _successes(infos: dict[str, Any], num_envs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,6 +269,18 @@ class _Place(NamedTuple):
     step: int
     running: np.ndarray
 
+    def check_observations(self, name: str, observations: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Copies of the state and of the images by camera, if there are any."""
+        space = self.vector_env.observation_space
+        if not isinstance(space, Dict):
+            return self.check(name, observations, space.shape), {}
+        images = {
+            camera: self.check(f"{name}[{camera!r}]", observations[camera], space[camera].shape, np.uint8)
+            for camera in space
+            if camera != STATE
+        }
+        return self.check(f"{name}[{STATE!r}]", observations[STATE], space[STATE].shape), images
+
     def check(self, name: str, values: Any, shape: tuple[int, ...] | None, dtype: Any = np.float32) -> np.ndarray:
         """A copy of `values` as an array of `dtype`, checked for its shape and, where running, for NaN."""
         array = np.array(values, dtype=dtype)
@@ -266,17 +306,37 @@ def _check_environment(vector_env: VectorEnv[Any, Any, Any]) -> None:
             f"`vector_env` must have the autoreset mode NEXT_STEP, got {mode}. Make it with "
             '`gymnasium.make_vec(..., vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP})`.'
         )
-    for name in ("observation", "action"):
-        shape = getattr(vector_env, f"single_{name}_space").shape
-        if shape is None or len(shape) != 1:
-            raise ValueError(f"`vector_env` must have {name}s of shape (dim,), got {shape}.")
+    _check_vector_space("observation", _state_space(vector_env.single_observation_space))
+    _check_vector_space("action", vector_env.single_action_space)
 
 
-def _collect(batches: list[list[_Step]], columns: list[int], seeds: list[int], failed_seeds: list[int]) -> Rollouts:
+def _check_vector_space(name: str, space: Space[Any]) -> None:
+    if space.shape is None or len(space.shape) != 1:
+        raise ValueError(f"`vector_env` must have {name}s of shape (dim,), got {space.shape}.")
+
+
+def _state_space(space: Space[Any]) -> Space[Any]:
+    """What is not images."""
+    if not isinstance(space, Dict):
+        return space
+    wrong = [name for name in space if name != STATE and not _is_image(space[name])]
+    if STATE not in space.spaces or wrong:
+        raise ValueError(
+            f"`vector_env` must have observations of one `{STATE}` and of uint8 images (height, width, channels), got "
+            f"{space}."
+        )
+    return space[STATE]
+
+
+def _is_image(space: Space[Any]) -> bool:
+    return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def _collect(batches: list[_Batch], columns: list[int], seeds: list[int], failed_seeds: list[int]) -> Rollouts:
     """The episodes in the given columns of the batches, which are `num_envs` columns each."""
-    max_length = max(len(steps) for steps in batches)
+    max_length = max(len(batch.steps) for batch in batches)
     values = []
-    for rows in zip(*(map(np.stack, zip(*steps, strict=True)) for steps in batches), strict=True):
+    for rows in zip(*(map(np.stack, zip(*batch.steps, strict=True)) for batch in batches), strict=True):
         padded = [_pad(row, max_length) for row in rows]
         values.append(np.concatenate(padded, axis=1).swapaxes(0, 1)[columns])
     length = int(_Step(*values).valid.sum(axis=1).max())  # a failed episode may have been longer
@@ -296,9 +356,26 @@ def _collect(batches: list[list[_Step]], columns: list[int], seeds: list[int], f
         truncations=step.truncations & valid,
         valid=valid,
         failed_seeds=np.asarray(failed_seeds, dtype=np.int64),
-        visited=np.concatenate([np.stack([step.valid for step in steps]) for steps in batches]),
+        visited=np.concatenate([np.stack([step.valid for step in batch.steps]) for batch in batches]),
         successes=step.successes & valid if tells_success else None,
+        images=_collect_images(batches, columns, step.valid),
     )
+
+
+def _collect_images(batches: list[_Batch], columns: list[int], valid: np.ndarray) -> dict[str, np.ndarray]:
+    """The images of the valid steps, in the order of the episodes."""
+    num_envs = len(batches[0].steps[0].valid)
+    places = [(batches[column // num_envs], column % num_envs) for column in columns]
+    return {
+        camera: np.stack(
+            [
+                batch.images[camera][step][env]
+                for (batch, env), row in zip(places, valid)
+                for step in np.flatnonzero(row)
+            ]
+        )
+        for camera in batches[0].images
+    }
 
 
 def _pad(column: np.ndarray, length: int) -> np.ndarray:

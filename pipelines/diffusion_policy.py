@@ -6,6 +6,7 @@ This file travels to the Hub: apart from its guarded base class it imports torch
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,9 @@ class DiffusionPolicyPipeline(ControlPipeline):
         scheduler: gives each denoising step as a Gaussian.
         normalizer: statistics of the data.
         critic: `(observations, actions) -> values` on normalised inputs; needed to choose between candidates.
+        vision_encoder: a `VisionEncoder`: an observation is then the state and behind it the features of the cameras'
+            images, which the normaliser leaves as they are. Critic, adapters and trainers take features for numbers
+            like any others; each decision encodes its images once.
         upsampler: a denoiser whose input holds a draft behind the noisy sequence: it samples sequences of more reward
             than the draft's (section 3.4 of arXiv:2502.12198).
         horizon: actions of a sequence.
@@ -57,8 +61,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
         num_inference_steps: default number of denoising steps.
     """
 
-    _optional_components = ["critic", "upsampler"]
-    model_cpu_offload_seq = "denoiser->upsampler"
+    _optional_components = ["critic", "vision_encoder", "upsampler"]
+    model_cpu_offload_seq = "vision_encoder->denoiser->upsampler"
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
         scheduler: SchedulerMixin,
         normalizer: ModelMixin,
         critic: ModelMixin | None = None,
+        vision_encoder: ModelMixin | None = None,
         upsampler: ModelMixin | None = None,
         horizon: int = 16,
         num_observation_steps: int = 1,
@@ -73,10 +78,15 @@ class DiffusionPolicyPipeline(ControlPipeline):
         num_past_actions: int = 0,
     ) -> None:
         super().__init__()
-        for component in (denoiser, normalizer, critic, upsampler):
+        for component in (denoiser, normalizer, critic, vision_encoder, upsampler):
             _align(component)
         self.register_modules(
-            denoiser=denoiser, scheduler=scheduler, normalizer=normalizer, critic=critic, upsampler=upsampler
+            denoiser=denoiser,
+            scheduler=scheduler,
+            normalizer=normalizer,
+            critic=critic,
+            vision_encoder=vision_encoder,
+            upsampler=upsampler,
         )
         if not 0 <= num_past_actions < horizon:
             raise ValueError(f"`num_past_actions` must lie in 0..{horizon - 1}, got {num_past_actions}.")
@@ -87,9 +97,22 @@ class DiffusionPolicyPipeline(ControlPipeline):
             num_past_actions=num_past_actions,
         )
 
+        if vision_encoder is not None and self.state_dim < 1:
+            raise ValueError(
+                f"`normalizer` is for observations of {self.observation_dim} numbers, but `vision_encoder` alone gives "
+                f"{self.observation_dim - self.state_dim} features: fit it with `Normalizer.from_data(states, actions, "
+                "num_features=vision_encoder.feature_dim)`."
+            )
+
     @property
     def observation_dim(self) -> int:
+        """Width of an observation: with a vision encoder, of the state and the features."""
         return self.normalizer.config.observation_dim
+
+    @property
+    def state_dim(self) -> int:
+        """Numbers of an observation that are not features of images."""
+        return self.observation_dim - (0 if self.vision_encoder is None else self.vision_encoder.feature_dim)
 
     @property
     def action_dim(self) -> int:
@@ -108,7 +131,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
     @torch.inference_mode()
     def __call__(
         self,
-        observation: np.ndarray | Tensor,
+        observation: np.ndarray | Tensor | Mapping[str, np.ndarray | Tensor],
         *,
         num_candidates: int = 1,
         num_inference_steps: int | None = None,
@@ -122,7 +145,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
         Args:
             observation: in the environment's units, shape `(observation_dim,)` or `(B, observation_dim)`; with
                 `num_observation_steps > 1` the history, oldest first, of shape `(num_observation_steps,
-                observation_dim)` or with `B` in front.
+                observation_dim)` or with `B` in front. With a vision encoder, a mapping of the same leading dimensions;
+                see `observation_vectors`.
             num_candidates: action sequences sampled per observation.
             num_inference_steps: denoising steps; the pipeline's own by default.
             action_selection: `"greedy"` takes the candidate of the highest value, `"expectation"` the mean of all
@@ -137,6 +161,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
             ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, no critic
                 to choose with, or no up-sampler for `num_upsampling_passes`.
         """
+        if isinstance(observation, Mapping):
+            observation = self.observation_vectors(observation)
         history = self.normalizer.observation_batch(observation, self.num_observation_steps).to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
         _check_passes(num_upsampling_passes, has_upsampler=self.upsampler is not None)
@@ -163,6 +189,39 @@ class DiffusionPolicyPipeline(ControlPipeline):
         )
 
     # What trainers use: conditions, sampling, and the way between data and latents
+
+    def observation_vectors(
+        self, observation: Mapping[str, np.ndarray | Tensor], crop_offsets: Tensor | None = None
+    ) -> Tensor:
+        """Observations `(..., observation_dim)`: the state, and behind it the features of the images.
+
+        Args:
+            observation: `state` `(..., state_dim)` in the environment's units, and under each camera's name images
+                `(..., height, width, channels)`, uint8, or floating point in `[0, 1]`.
+            crop_offsets: of random crops, to train the encoder; see there. None: the encoder is frozen.
+
+        Raises:
+            ValueError: the pipeline has no vision encoder, or entries are missing, unknown, or of wrong shapes.
+        """
+        encoder = self.vision_encoder
+        if encoder is None:
+            raise ValueError("`observation` is a mapping, but this pipeline has no `vision_encoder`: pass an array.")
+        parts = {name: _tensor(value).to(encoder.device) for name, value in observation.items()}
+        names = ("state", *encoder.cameras)
+        if set(parts) != set(names):
+            raise ValueError(f"`observation` must have the entries {', '.join(names)}; it has {', '.join(parts)}.")
+        state, first = parts["state"], parts[encoder.cameras[0]]
+        for name in encoder.cameras:
+            shape = parts[name].shape
+            if state.shape[-1:] != (self.state_dim,) or (*state.shape[:-1], *first.shape[-3:]) != shape:
+                raise ValueError(
+                    f"`observation` must have a state (..., {self.state_dim}) and images (..., height, width, "
+                    f"channels), alike in leading dimensions and size; got {tuple(state.shape)} and {name} "
+                    f"{tuple(shape)}."
+                )
+        images = torch.stack([parts[name] for name in encoder.cameras], dim=-4).movedim(-1, -3)
+        features = encoder.encode(images) if crop_offsets is None else encoder(images, crop_offsets)
+        return torch.cat([state.float(), features], dim=-1)
 
     def observation_condition(self, observations: Tensor) -> dict[str, Tensor]:
         """The condition of action sequences after `observations`, in the environment's units.
@@ -271,11 +330,16 @@ class DiffusionPolicyPipeline(ControlPipeline):
 
         Args:
             batch: `actions` `(B, horizon, action_dim)`, the first of them `num_past_actions` steps before now, and
-                `observation_history` `(B, num_observation_steps, observation_dim)`.
+                `observation_history` `(B, num_observation_steps, observation_dim)`. To train the vision encoder, the
+                history of the state, of each camera's images as `images/<camera>`, and `crop_offsets`.
             num_context_steps: unused: a policy's context is its observation.
         """
         latents = self.normalizer.normalize_actions(batch["actions"])
-        return latents, self.observation_condition(batch["observation_history"])
+        history = batch["observation_history"]
+        if "crop_offsets" in batch:
+            images = {name: batch[f"images/{name}"] for name in self.vision_encoder.cameras}
+            history = self.observation_vectors({"state": history, **images}, batch["crop_offsets"])
+        return latents, self.observation_condition(history)
 
     def decode(self, latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Observations `(B, 1, observation_dim)` and actions from now on `(B, horizon - num_past_actions, action_dim)`.
@@ -292,6 +356,11 @@ class DiffusionPolicyPipeline(ControlPipeline):
         actions = actions[:, :, 0] if length == 1 else actions[:, :, :length]
         observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
         return self.critic(observations, self.normalizer.normalize_actions(actions))
+
+
+def _tensor(values: np.ndarray | Tensor) -> Tensor:
+    """A copy of an array, because torch takes neither read-only ones nor reversed ones."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
 # What follows stands in both pipelines' files, because each travels to the Hub alone.

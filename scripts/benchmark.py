@@ -17,6 +17,7 @@ from dmc_hub import __version__, checkpoint
 from dmc_hub.arguments import AlignArguments
 from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
 from dmc_hub.benchmarks.data import measure_conversion, measure_windows
+from dmc_hub.benchmarks.vision import frames_per_second
 from dmc_hub.recipes import shared_foundation
 
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}
@@ -46,6 +47,11 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def vision(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Frames per second of the vision encoder, forward and with gradient, beside the bare ResNet's."""
+    return frames_per_second(batch_size=arguments.batch_size, device=arguments.device, seed=arguments.seed)
+
+
 def main() -> int:
     """Parse the arguments, run one benchmark, write or print its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -61,6 +67,10 @@ def main() -> int:
     command.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32])
     command.add_argument("--batch-size", type=int, default=256)
     command.add_argument("--gigabytes", type=float, default=2.0, help="size of the file to convert; 0: none")
+    command = benchmarks.add_parser("vision", help=vision.__doc__)
+    command.set_defaults(run=vision)
+    command.add_argument("--batch-size", type=int, default=64, help="frames at once")
+    command.add_argument("--device", default="cpu")
     command.add_argument("--seed", type=int, default=0)
     for each in benchmarks.choices.values():
         each.add_argument("--output", help="JSON file; printed by default")

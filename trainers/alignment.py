@@ -21,13 +21,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from dmc_hub import checkpoint
-from dmc_hub.data import Episodes
 from dmc_hub.divergence import candidate_spread, denoising_kl
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.iql import IQLConfig
 from dmc_hub.trainers.joint import SINGLE_METHODS, JointConfig, JointTrainer
-from dmc_hub.trainers.loop import last_metrics, verify_part
+from dmc_hub.trainers.loop import episodes_that_fit, last_metrics, verify_part
 from dmc_hub.trainers.online import EnvironmentMaker, OnlineCollector, OnlineConfig
 from dmc_hub.trainers.sampling import SamplingConfig
 from dmc_hub.trainers.sft import NoSamplesLeftError
@@ -217,7 +216,7 @@ class SequentialAligner:
         refuse_several_processes("SequentialAligner")
         self.pipeline = pipeline
         self.config = config
-        self.train_dataset = Episodes.ensure(train_dataset)
+        self.train_dataset = episodes_that_fit(pipeline, train_dataset)
         self.validate = validate
         self.stage_configs = dict(stage_configs or {})
         for method, stage_config in self.stage_configs.items():

@@ -588,13 +588,16 @@ class DiffusionTrainer(Trainer, ABC):
         folder = Path(output_dir or self.args.output_dir or "")
         adapter = adapter_to_train(self.model)
         if adapter is None:
-            self.model.save_pretrained(folder / self._component_name())
+            for name, component in self._trained_components().items():
+                component.save_pretrained(folder / name)
         else:  # `save_pretrained` of a model with a LoRA attached would write a file that cannot be loaded
             self.pipeline.save_lora_weights(folder, adapter_name=adapter)
 
-    def _component_name(self) -> str:
-        names = [name for name, component in self.pipeline.components.items() if component is self.model]
-        return names[0] if names else "model"
+    def _trained_components(self) -> dict[str, Any]:
+        """The pipeline's components that are trained whole, by name: the model, or what it consists of."""
+        parts = list(self.model.modules())
+        named = {n: part for n, part in self.pipeline.components.items() if any(part is each for each in parts)}
+        return named or {"model": self.model}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the card is written for the whole alignment, not for one trainer."""
@@ -654,19 +657,20 @@ class DiffusionTrainer(Trainer, ABC):
         """Copy the weights in, after all names and shapes have been compared."""
         folder = Path(resume_from_checkpoint)
         adapter = adapter_to_train(self.model)
-        if adapter is None:
-            expected = self.model.state_dict()
-            files = sorted((folder / self._component_name()).glob("*.safetensors"))
-            loaded = {key: value for file in files for key, value in checkpoint.load_tensors(file).items()}
-        else:
+        if adapter is not None:
             expected = get_peft_model_state_dict(self.model, adapter_name=adapter)
             loaded = checkpoint.load_tensors(folder / ADAPTER_WEIGHTS)
             loaded = {key.removeprefix(PEFT_PREFIX): value for key, value in loaded.items()}
-        checkpoint.check_same_tensors(folder, loaded, expected)
-        if adapter is None:
-            self.model.load_state_dict(loaded)
-        else:
+            checkpoint.check_same_tensors(folder, loaded, expected)
             set_peft_model_state_dict(self.model, loaded, adapter_name=adapter)
+            return
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, component in self._trained_components().items():
+            files = sorted((folder / name).glob("*.safetensors"))
+            states[name] = {key: value for file in files for key, value in checkpoint.load_tensors(file).items()}
+            checkpoint.check_same_tensors(folder, states[name], component.state_dict())
+        for name, component in self._trained_components().items():
+            component.load_state_dict(states[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:

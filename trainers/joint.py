@@ -14,6 +14,7 @@ from dmc_hub.rewards import RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from dmc_hub.trainers.loop import episodes_that_fit
 from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer, pack, unpack
@@ -78,6 +79,7 @@ class JointTrainer(DiffusionTrainer):
         reward_function: RewardFunction | None = None,
         **kwargs: Any,
     ) -> None:
+        train_dataset = episodes_that_fit(pipeline, train_dataset)
         super().__init__(pipeline, args, train_dataset=train_dataset, reward_function=reward_function, **kwargs)
         self.members: dict[str, SamplingTrainer] = {}
         for method in args.members:

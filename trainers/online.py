@@ -18,7 +18,7 @@ from dmc_hub.data import Episodes
 from dmc_hub.data.episodes import IMAGE_PREFIX
 from dmc_hub.rollout import Rollouts, run_episodes
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
-from dmc_hub.trainers.loop import hash_seed, last_metrics, verify_part
+from dmc_hub.trainers.loop import episodes_that_fit, hash_seed, last_metrics, verify_part
 
 EnvironmentMaker = Callable[[], VectorEnv[Any, Any, Any]]
 
@@ -190,7 +190,7 @@ class OnlineCollector:
     def _collect(self, stage: int) -> tuple[Episodes, dict[str, Any]]:
         start = time.perf_counter()
         rollouts = self._run_episodes(stage)
-        episodes = rollouts.to_episodes()
+        episodes = episodes_that_fit(self.pipeline, rollouts.to_episodes())
         facts = {
             "seeds": rollouts.seeds.tolist(),
             "failed_seeds": rollouts.failed_seeds.tolist(),
@@ -216,6 +216,7 @@ class OnlineCollector:
                 seeds=range(first, first + self.config.num_episodes),
                 generator=torch.Generator().manual_seed(hash_seed("collect", self.seed, stage)),
                 on_reset=agent.reset,
+                record_images=self.pipeline.components.get("vision_encoder") is not None,
             )
         finally:
             environments.close()

@@ -6,7 +6,7 @@ dataset loaded from disk stays memory-mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -310,9 +310,18 @@ class Windows:
 
         Shape `(batch, num_observation_steps, observation_dim)`, float32.
         """
+        return torch.from_numpy(self.episodes.observations[self._history_rows(indices)])
+
+    def image_history(self, indices: np.ndarray | Tensor, cameras: Sequence[str]) -> dict[str, Tensor]:
+        """What these cameras saw at the steps of `history`: `images/<camera>`, uint8 of shape `(batch,
+        num_observation_steps, height, width, 3)`."""
+        rows = self._history_rows(indices)
+        return {f"images/{name}": torch.from_numpy(self.episodes.images[name][rows]) for name in cameras}
+
+    def _history_rows(self, indices: np.ndarray | Tensor) -> np.ndarray:
         steps = _as_indices(indices)
         rows = steps[:, None] + np.arange(1 - self.num_observation_steps, 1)
-        return torch.from_numpy(self.episodes.observations[np.maximum(rows, self.first_steps[steps][:, None])])
+        return np.maximum(rows, self.first_steps[steps][:, None])
 
 
 def episode_features(

@@ -14,12 +14,11 @@ from dmc_hub.interop.lerobot_dataset import save_lerobot_dataset
 from dmc_hub.interop.minari import save_minari_dataset
 from dmc_hub.interop.planners import import_cleandiffuser_planner, import_value_guided_planner
 from dmc_hub.interop.schedules import cleandiffuser_scheduler
-from dmc_hub.interop.vision import KeypointEncoder
+from dmc_hub.interop.vision import load_resnet_weights
 from dmc_hub.interop.weights import InteropError
 
 __all__ = [
     "InteropError",
-    "KeypointEncoder",
     "LeRobotPolicy",
     "cleandiffuser_scheduler",
     "export_lerobot_policy",
@@ -27,6 +26,7 @@ __all__ = [
     "import_diffusion_policy",
     "import_lerobot_policy",
     "import_value_guided_planner",
+    "load_resnet_weights",
     "save_lerobot_dataset",
     "save_lerobot_plugin_policy",
     "save_minari_dataset",

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmc_hub import checkpoint
 from dmc_hub.hub import load_pipeline
 from dmc_hub.interop.schedules import from_diffusers, to_diffusers
-from dmc_hub.interop.vision import DEPTHS, KeypointEncoder, torchvision_names
+from dmc_hub.interop.vision import DEPTHS, named_by_torchvision
 from dmc_hub.interop.weights import (
     InteropError,
     UnetNames,
@@ -30,6 +30,7 @@ from dmc_hub.interop.weights import (
 )
 from dmc_hub.models.conditional_unet import ConditionalUnet1D
 from dmc_hub.models.normalizer import Normalizer
+from dmc_hub.models.vision_encoder import VisionEncoder
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
@@ -59,16 +60,13 @@ Statistics = dict[str, dict[str, Tensor]]
 class LeRobotPolicy:
     """What a folder of LeRobot's DiffusionPolicy becomes.
 
-    pipeline: the policy. Its observation is `observation.state`, then the features of the cameras' images, then
-        `observation.environment_state`, as far as the policy has them.
-    vision_encoder: images in `[0, 1]` to features; None for a policy without images. It is frozen: alignment trains the
-        action network on features as observations.
+    pipeline: the policy. Its state is `observation.state`, then `observation.environment_state` if the policy has it;
+        its cameras have LeRobot's names.
     num_action_steps: actions that LeRobot executes per decision, for `Agent(pipeline, num_action_steps=...)`.
     observation_names: the entries of LeRobot's observation, in the order of the pipeline's.
     """
 
     pipeline: DiffusionPolicyPipeline
-    vision_encoder: KeypointEncoder | None
     num_action_steps: int
     observation_names: tuple[str, ...]
 
@@ -78,14 +76,14 @@ class LeRobotPolicy:
         missing = [name for name in self.observation_names if name not in batch]
         if missing:
             raise ValueError(f"`batch` lacks {', '.join(missing)}.")
-        images = [batch[name] for name in self.observation_names if name.startswith("observation.image")]
-        parts = [batch[STATE]]
-        if self.vision_encoder is not None:
-            with torch.no_grad():
-                parts.append(self.vision_encoder(torch.stack(images, dim=1)))
-        if ENVIRONMENT_STATE in self.observation_names:
-            parts.append(batch[ENVIRONMENT_STATE])
-        return torch.cat(parts, dim=-1)
+        state = torch.cat(
+            [batch[name] for name in (STATE, ENVIRONMENT_STATE) if name in self.observation_names], dim=-1
+        )
+        encoder = self.pipeline.vision_encoder
+        if encoder is None:
+            return state
+        images = {name: batch[name].movedim(-3, -1) for name in encoder.cameras}
+        return self.pipeline.observation_vectors({"state": state, **images})
 
 
 def import_lerobot_policy(folder: str | os.PathLike[str]) -> LeRobotPolicy:
@@ -110,13 +108,14 @@ def import_lerobot_policy(folder: str | os.PathLike[str]) -> LeRobotPolicy:
     denoiser = conditional_unet(renamed(unet, _UNET.modules(unet)), f"`{folder}`")
     images = [name for name, feature in config["input_features"].items() if feature["type"] == "VISUAL"]
     encoder = _vision_encoder(config, state, images, statistics, modes) if images else None
-    names = (STATE, *images, *((ENVIRONMENT_STATE,) if ENVIRONMENT_STATE in features else ()))
+    names = (STATE, *((ENVIRONMENT_STATE,) if ENVIRONMENT_STATE in features else ()), *images)
     scheduler = _scheduler(config)
     clips = scheduler.config.clip_range is not None and scheduler.config.clip_range <= 1
     pipeline = DiffusionPolicyPipeline(
         denoiser,
         scheduler,
         _normalizer(names, features, modes, statistics, encoder, clips=clips),
+        vision_encoder=encoder,
         horizon=config["horizon"],
         num_observation_steps=config["n_obs_steps"],
         num_inference_steps=config.get("num_inference_steps") or scheduler.config.num_train_timesteps,
@@ -129,8 +128,10 @@ def import_lerobot_policy(folder: str | os.PathLike[str]) -> LeRobotPolicy:
         )
     if denoiser.config.action_dim != pipeline.action_dim:
         raise InteropError(f"The network of `{folder}` has {denoiser.config.action_dim} actions, not as its features.")
+    if encoder is not None and ENVIRONMENT_STATE in features:
+        _put_features_last(denoiser, config["n_obs_steps"], features[STATE]["shape"][0], encoder.feature_dim)
     pipeline.set_progress_bar_config(disable=True)
-    return LeRobotPolicy(pipeline, encoder, config["n_action_steps"], names)
+    return LeRobotPolicy(pipeline, config["n_action_steps"], names)
 
 
 def export_lerobot_policy(
@@ -199,6 +200,8 @@ def save_lerobot_plugin_policy(
         ValueError: what the folders hold cannot be loaded together.
     """
     loaded = load_pipeline(pipeline)
+    if loaded.components.get("vision_encoder") is not None:
+        raise InteropError("The policy type `dmc_hub` sees states only: this pipeline has a vision encoder.")
     if adapter is not None:
         loaded.load_lora_weights(adapter)
     split = loaded.observation_dim if state_dim is None else state_dim
@@ -329,12 +332,24 @@ def _affine(
     return (first + scale).float(), scale.float()
 
 
+def _put_features_last(denoiser: ConditionalUnet1D, num_steps: int, state_dim: int, feature_dim: int) -> None:
+    """LeRobot's condition has the environment's state behind the features, a pipeline's has the features at the end."""
+    width = denoiser.config.condition_dim // num_steps
+    behind = state_dim + feature_dim
+    step = [*range(state_dim), *range(behind, width), *range(state_dim, behind)]
+    columns = torch.tensor([i * width + column for i in range(num_steps) for column in step])
+    for name, parameter in denoiser.named_parameters():
+        if name.endswith("film.1.weight"):
+            condition = parameter.data[:, -len(columns) :]
+            condition.copy_(condition[:, columns])
+
+
 def _normalizer(
     names: Iterable[str],
     features: Mapping[str, Any],
     modes: Mapping[str, str],
     statistics: Statistics,
-    encoder: KeypointEncoder | None,
+    encoder: VisionEncoder | None,
     *,
     clips: bool,
 ) -> Normalizer:
@@ -344,8 +359,8 @@ def _normalizer(
         if features[name]["type"] != "VISUAL":
             (width,) = features[name]["shape"]
             parts.append(_affine(name, features[name]["type"], modes, statistics, width))
-        elif encoder is not None and len(parts) == 1:  # all cameras at once, behind the state
-            parts.append((torch.zeros(encoder.feature_dim), torch.ones(encoder.feature_dim)))
+    if encoder is not None:
+        parts.append((torch.zeros(encoder.feature_dim), torch.ones(encoder.feature_dim)))
     shift, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     (action_dim,) = features[ACTION]["shape"]
     normalizer = Normalizer(len(shift), action_dim, "limits" if clips else "gaussian")
@@ -361,39 +376,42 @@ def _vision_encoder(
     images: list[str],
     statistics: Statistics,
     modes: Mapping[str, str],
-) -> KeypointEncoder:
+) -> VisionEncoder:
     backbone = config.get("vision_backbone", "resnet18")
     if backbone not in DEPTHS:
         raise InteropError(f"The policy's `vision_backbone` is {backbone!r}; supported are {', '.join(DEPTHS)}.")
     shapes = {tuple(config["input_features"][name]["shape"]) for name in images}
     if len(shapes) > 1:
         raise InteropError(f"The policy's images differ in shape: {sorted(shapes)}.")
-    (channels, *size), separate = shapes.pop(), bool(config.get("use_separate_rgb_encoder_per_camera", False))
+    (channels, *_), separate = shapes.pop(), bool(config.get("use_separate_rgb_encoder_per_camera", False))
     resize, crop = config.get("resize_shape"), config.get("crop_shape")
     weights: dict[str, Tensor] = {}
     for i in range(len(images) if separate else 1):
         prefix = f"diffusion.rgb_encoder.{i}." if separate else "diffusion.rgb_encoder."
-        backbone_weights = renamed(under(state, f"{prefix}backbone."), torchvision_names(backbone))
+        backbone_weights = named_by_torchvision(under(state, f"{prefix}backbone."))
         weights |= {f"encoders.{i}.backbone.{name}": tensor for name, tensor in backbone_weights.items()}
         for theirs, ours in (("pool.nets", "keypoints"), ("out", "projection")):
             weights |= {
                 f"encoders.{i}.{ours}.{name}": tensor for name, tensor in under(state, f"{prefix}{theirs}.").items()
             }
     scales = [_affine(name, "VISUAL", modes, statistics, channels) for name in images]
-    mean, std = (torch.stack(part).reshape(-1, channels, 1, 1) for part in zip(*scales, strict=True))
-    weights |= {"mean": mean, "std": std}
+    mean, std = (torch.cat(part) for part in zip(*scales, strict=True))
+    num_keypoints = config.get("spatial_softmax_num_keypoints", 32)
     return build(
-        KeypointEncoder,
+        VisionEncoder,
         weights,
         "the image encoder",
-        image_size=list(crop or resize or size),
-        backbone=backbone,
-        num_keypoints=config.get("spatial_softmax_num_keypoints", 32),
-        num_encoders=len(images) if separate else 1,
-        num_cameras=len(images),
-        group_norm=bool(config.get("use_group_norm", False)),
+        cameras=images,
+        depths=DEPTHS[backbone],
+        norm="group" if config.get("use_group_norm", False) else "batch",
+        num_keypoints=num_keypoints,
+        projection_dim=2 * num_keypoints,
+        projection_relu=True,
+        separate=separate,
         resize=resize,
-        crop=crop is not None,
+        crop=crop,
+        image_mean=mean.tolist(),
+        image_std=(std + _EPS).tolist(),
         num_channels=channels,
     )
 
@@ -406,6 +424,10 @@ def _exported_config(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The network's weights under this library's names, and LeRobot's configuration."""
     denoiser = pipeline.denoiser
+    if pipeline.vision_encoder is not None:
+        raise InteropError(
+            "Image policies are imported from LeRobot, not exported: this pipeline has a vision encoder."
+        )
     if not isinstance(denoiser, ConditionalUnet1D) or denoiser.config.draft_dim:
         raise InteropError(f"LeRobot's DiffusionPolicy has a ConditionalUnet1D, not a {type(denoiser).__name__}.")
     steps, dims = pipeline.num_observation_steps, list(denoiser.config.dims)

@@ -1,132 +1,75 @@
-"""The image encoder of LeRobot's Diffusion Policy: ResNet and spatial softmax (arXiv:1509.06113, Sec. 4)."""
+"""Weights of other libraries' ResNets for `VisionEncoder`, whose layers have torchvision's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import ResNetConfig, ResNetModel
+from torch import Tensor
+
+from dmc_hub.interop.weights import InteropError
+from dmc_hub.models.vision_encoder import VisionEncoder
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+_TRANSFORMERS = (
+    (r"(resnet\.)?embedder\.embedder\.convolution", "conv1"),
+    (r"(resnet\.)?embedder\.embedder\.normalization", "bn1"),
+    (r"(resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.convolution", "layer{1}.{2}.downsample.0"),
+    (r"(resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.normalization", "layer{1}.{2}.downsample.1"),
+    (r"(resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution", "layer{1}.{2}.conv{3}"),
+    (r"(resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.normalization", "layer{1}.{2}.bn{3}"),
+)
 
 
-class KeypointEncoder(ModelMixin, ConfigMixin):
-    """Keypoints of images: where the softmax of each channel of a ResNet's features has its centre.
+def load_resnet_weights(encoder: VisionEncoder, state: Mapping[str, Tensor]) -> None:
+    """Start the networks of an encoder, one or one per camera, from a pretrained ResNet-18 or -34 in place.
+
+    With `norm="batch"` the features are the pretrained network's own. With `norm="group"` those of a network with batch
+    normalisation give the convolutions only, as group normalisation has no use for its statistics and scales.
 
     Args:
-        image_size: height and width of the feature network's input, after resizing and cropping.
-        backbone: `"resnet18"` or `"resnet34"`.
-        num_keypoints: channels whose centres are taken; the features are `2 * num_keypoints` wide.
-        num_encoders: 1 for one network for all cameras, or one for each.
-        num_cameras: images per observation.
-        group_norm: groups of 16 channels instead of batch normalisation.
-        resize: height and width that images are resized to first.
-        crop: whether images are cropped to `image_size` around their centre.
-        num_channels: of an image.
+        encoder: of the same depths and widths; set `image_mean` and `image_std` to what the weights were trained on.
+        state: of torchvision's or timm's ResNet, or of `transformers.ResNetModel` with basic blocks; entries of its
+            classifier are left out. Read a file by `safetensors.torch.load_file`.
+
+    Raises:
+        InteropError: weights are missing, unknown, or of other shapes.
     """
-
-    @register_to_config
-    def __init__(
-        self,
-        image_size: Sequence[int],
-        backbone: str = "resnet18",
-        num_keypoints: int = 32,
-        num_encoders: int = 1,
-        num_cameras: int = 1,
-        group_norm: bool = False,
-        resize: Sequence[int] | None = None,
-        crop: bool = False,
-        num_channels: int = 3,
-    ) -> None:
-        super().__init__()
-        if backbone not in DEPTHS:
-            raise ValueError(f"`backbone` must be one of {', '.join(DEPTHS)}; got {backbone!r}.")
-        if num_encoders not in (1, num_cameras):
-            raise ValueError(f"`num_encoders` must be 1 or {num_cameras}, one per camera; got {num_encoders}.")
-        size = [-(-int(length) // 32) for length in image_size]
-        self.encoders = nn.ModuleList(
-            _CameraEncoder(size, backbone, num_keypoints, group_norm, num_channels) for _ in range(num_encoders)
-        )
-        self.register_buffer("mean", torch.zeros(num_cameras, num_channels, 1, 1))
-        self.register_buffer("std", torch.ones(num_cameras, num_channels, 1, 1))
-
-    @property
-    def feature_dim(self) -> int:
-        """Width of the features of all cameras."""
-        return 2 * self.config.num_keypoints * self.config.num_cameras
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features `(batch, feature_dim)` of images `(batch, num_cameras, channels, height, width)` in `[0, 1]`."""
-        expected = (self.config.num_cameras, self.config.num_channels)
-        if images.ndim != 5 or tuple(images.shape[1:3]) != expected:
-            raise ValueError(
-                f"`images` must have shape (batch, {expected[0]}, {expected[1]}, height, width), got "
-                f"{tuple(images.shape)}."
-            )
-        cameras = ((images - self.mean) / (self.std + 1e-8)).unbind(1)
-        encoders = list(self.encoders) * (len(cameras) // len(self.encoders))
-        features = [encoder(self._resized(images)) for encoder, images in zip(encoders, cameras, strict=True)]
-        return torch.cat(features, dim=-1)
-
-    def _resized(self, images: Tensor) -> Tensor:
-        if self.config.resize is not None:
-            size = list(self.config.resize)
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        if self.config.crop:
-            height, width = self.config.image_size
-            top, left = round((images.shape[-2] - height) / 2), round((images.shape[-1] - width) / 2)
-            images = images[..., top : top + height, left : left + width]
-        return images
-
-
-class _CameraEncoder(nn.Module):
-    def __init__(
-        self, size: Sequence[int], backbone: str, num_keypoints: int, group_norm: bool, num_channels: int
-    ) -> None:
-        super().__init__()
-        config = ResNetConfig(
-            num_channels=num_channels,
-            embedding_size=64,
-            hidden_sizes=[64, 128, 256, 512],
-            depths=list(DEPTHS[backbone]),
-            layer_type="basic",
-        )
-        self.backbone = ResNetModel(config)
-        if group_norm:
-            _use_group_norm(self.backbone)
-        self.keypoints = nn.Conv2d(512, num_keypoints, 1)
-        self.projection = nn.Linear(2 * num_keypoints, 2 * num_keypoints)
-        rows, columns = (torch.linspace(-1, 1, length, dtype=torch.float64) for length in size)
-        grid = torch.stack([columns.repeat(len(rows)), rows.repeat_interleave(len(columns))], dim=1)
-        self.register_buffer("grid", grid.float(), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        heat = self.keypoints(self.backbone(images).last_hidden_state)
-        centres = heat.flatten(2).softmax(dim=-1) @ self.grid
-        return self.projection(centres.flatten(1)).relu()
-
-
-def _use_group_norm(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(child.num_features // 16, child.num_features))
+    names = {name: torchvision_name(name) for name in state}
+    theirs = {ours: state[name] for name, ours in names.items() if not re.match(r"(fc|classifier)\.", ours)}
+    has_statistics = any(name.endswith("running_mean") for name in theirs)
+    networks: Any = encoder.encoders
+    for network in networks:
+        wanted = network.backbone.state_dict()
+        if encoder.config.norm == "group" and has_statistics:
+            kept = {name for name, tensor in wanted.items() if tensor.ndim == 4}
+            found = {**wanted, **{name: tensor for name, tensor in theirs.items() if name in kept}}
+            missing = kept - theirs.keys()
         else:
-            _use_group_norm(child)
+            found, missing = theirs, wanted.keys() - theirs.keys()
+        wrong = [name for name in found if name not in wanted or found[name].shape != wanted[name].shape]
+        if missing or wrong:
+            raise InteropError(
+                f"The weights do not fit the encoder's ResNet: missing {sorted(missing)[:3]}, unknown or of another "
+                f"shape {sorted(wrong)[:3]}."
+            )
+        network.backbone.load_state_dict(found)
 
 
-def torchvision_names(backbone: str) -> Mapping[str, str]:
-    """Module of torchvision's ResNet, without its last two in an `nn.Sequential` -> module of transformers' ResNet."""
-    names = {"0": "embedder.embedder.convolution", "1": "embedder.embedder.normalization"}
-    for stage, depth in enumerate(DEPTHS[backbone]):
-        for block in range(depth):
-            theirs, ours = f"{4 + stage}.{block}", f"encoder.stages.{stage}.layers.{block}"
-            for i in (0, 1):
-                names[f"{theirs}.conv{i + 1}"] = f"{ours}.layer.{i}.convolution"
-                names[f"{theirs}.bn{i + 1}"] = f"{ours}.layer.{i}.normalization"
-            names[f"{theirs}.downsample.0"] = f"{ours}.shortcut.convolution"
-            names[f"{theirs}.downsample.1"] = f"{ours}.shortcut.normalization"
-    return names
+def torchvision_name(name: str) -> str:
+    """torchvision's name of an entry of `transformers.ResNetModel`; other names stay."""
+    module, _, leaf = name.rpartition(".")
+    for pattern, target in _TRANSFORMERS:
+        match = re.fullmatch(pattern, module)
+        if match:
+            numbers = [int(number) + 1 if i != 1 else int(number) for i, number in enumerate(match.groups()[1:])]
+            return f"{target.format(None, *numbers)}.{leaf}"
+    return name
+
+
+def named_by_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of torchvision's ResNet without its last two modules in an `nn.Sequential`, under its own names."""
+    names = {"0": "conv1", "1": "bn1", **{str(4 + i): f"layer{i + 1}" for i in range(4)}}
+    parts = ((name.partition("."), tensor) for name, tensor in state.items())
+    return {f"{names.get(first, first)}.{rest}": tensor for (first, _, rest), tensor in parts}

@@ -44,14 +44,19 @@ class Normalizer(ModelMixin, ConfigMixin):
         return super().from_pretrained(*args, **others)
 
     @classmethod
-    def from_data(cls, observations: np.ndarray, actions: np.ndarray, mode: str = "limits") -> Normalizer:
-        """Fit to arrays of shape `(steps, observation_dim)` and `(steps, action_dim)`."""
+    def from_data(
+        cls, observations: np.ndarray, actions: np.ndarray, mode: str = "limits", num_features: int = 0
+    ) -> Normalizer:
+        """Fit to arrays of shape `(steps, dim)` and `(steps, action_dim)`.
+
+        An observation has `num_features` further numbers behind those, features of images, which stay as they are.
+        """
         if observations.ndim != 2 or actions.ndim != 2 or len(observations) != len(actions):
             raise ValueError(
                 "`observations` and `actions` must have shapes (steps, observation_dim) and (steps, action_dim), got "
                 f"{observations.shape} and {actions.shape}."
             )
-        normalizer = cls(observations.shape[-1], actions.shape[-1], mode)
+        normalizer = cls(observations.shape[-1] + num_features, actions.shape[-1], mode)
         for name, data in (("observation", observations), ("action", actions)):
             if not len(data) or not np.isfinite(data).all():
                 raise ValueError(f"`{name}s` must be finite and not empty to compute statistics from.")
@@ -61,8 +66,9 @@ class Normalizer(ModelMixin, ConfigMixin):
             else:
                 shift, scale = data.mean(0, dtype=np.float64), data.std(0, dtype=np.float64)
             scale = np.where(scale > 1e-6, scale, 1.0)
-            getattr(normalizer, f"{name}_shift").copy_(torch.from_numpy(shift))
-            getattr(normalizer, f"{name}_scale").copy_(torch.from_numpy(scale))
+            for statistic, values, neutral in (("shift", shift, 0.0), ("scale", scale, 1.0)):
+                buffer = getattr(normalizer, f"{name}_{statistic}").fill_(neutral)
+                buffer[: len(values)] = torch.from_numpy(values)
         return normalizer
 
     def observation_batch(self, observation: np.ndarray | Tensor, num_steps: int = 1) -> Tensor:

@@ -166,6 +166,39 @@ def episodes_tail() -> Episodes:
     return Episodes(**columns, episode_ends=np.array([2]))
 
 
+def with_images(episodes: Episodes, first: int = 0) -> Episodes:
+    """Every pixel is the step's index, and 100 more in the second camera."""
+    steps = np.arange(first, first + episodes.num_steps, dtype=np.uint8)[:, None, None, None]
+    front = np.broadcast_to(steps, (episodes.num_steps, 4, 5, 3))
+    return dataclasses.replace(episodes, images={"front": front, "wrist": front[:, :2] + np.uint8(100)})
+
+
+def test_images_stay_with_their_steps() -> None:
+    episodes = with_images(make_episodes((3, 2, 4)))
+    for part in (
+        episodes.select(np.array([2, 0])),
+        episodes.newest(6),
+        Episodes.concatenate(episodes.select(np.array([1])), episodes.newest(1)),
+    ):
+        np.testing.assert_array_equal(part.images["front"][:, 3, 4, 2], part.observations[:, 0])
+        np.testing.assert_array_equal(part.images["wrist"][:, 0, 0, 0], part.observations[:, 0] + 100)
+        assert part.images["wrist"].shape[1:] == (2, 5, 3)
+    with pytest.raises(ValueError, match=r"differ in their cameras: got \[\(\), \('front', 'wrist'\)\]"):
+        Episodes.concatenate(episodes, make_episodes())
+
+
+def test_the_history_of_images_is_that_of_observations() -> None:
+    windows = with_images(make_episodes((3, 2, 4))).windows(2, num_observation_steps=3)
+    indices = torch.tensor([0, 2, 3, 8])
+    seen = windows.image_history(indices, ["wrist"])
+    assert list(seen) == ["images/wrist"]
+    assert seen["images/wrist"].dtype == torch.uint8
+    assert seen["images/wrist"].shape == (4, 3, 2, 5, 3)
+    torch.testing.assert_close(
+        seen["images/wrist"][..., 1, 4, 2].float(), windows.history(indices)[..., 0] + 100, rtol=0, atol=0
+    )
+
+
 def test_missing_columns_and_missing_steps_are_named() -> None:
     dataset = make_episodes().to_dataset()
     with pytest.raises(ValueError, match=r"lacks the columns \['rewards'\]"):
