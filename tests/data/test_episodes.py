@@ -183,7 +183,7 @@ def test_images_stay_with_their_steps() -> None:
         np.testing.assert_array_equal(part.images["front"][:, 3, 4, 2], part.observations[:, 0])
         np.testing.assert_array_equal(part.images["wrist"][:, 0, 0, 0], part.observations[:, 0] + 100)
         assert part.images["wrist"].shape[1:] == (2, 5, 3)
-    with pytest.raises(ValueError, match=r"differ in their cameras: got \[\(\), \('front', 'wrist'\)\]"):
+    with pytest.raises(ValueError, match="differ in the cameras and shapes of their `images`"):
         Episodes.concatenate(episodes, make_episodes())
 
 
@@ -329,20 +329,14 @@ def test_windows_are_what_a_loop_over_steps_gives(
             assert got["valid"][place, offset] == inside
 
 
-def test_images_travel_with_their_steps(tmp_path: Path) -> None:
-    episodes = make_episodes((3, 2, 4))
+def test_images_are_saved_and_mapped_with_their_steps(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (9, 2, 5, 3)).astype(np.uint8)
-    seen = dataclasses.replace(episodes, images={"wrist": frames})
+    seen = dataclasses.replace(make_episodes((3, 2, 4)), images={"wrist": frames})
     seen.to_dataset().save_to_disk(tmp_path)
     loaded = Episodes.from_dataset(datasets.load_from_disk(tmp_path))
     np.testing.assert_array_equal(loaded.images["wrist"], frames)
     assert not loaded.images["wrist"].flags.owndata
     assert not loaded.images["wrist"].flags.writeable, "a view of the file"
-    np.testing.assert_array_equal(seen.select(np.array([2, 0])).images["wrist"], frames[[5, 6, 7, 8, 0, 1, 2]])
-    np.testing.assert_array_equal(seen.newest(5).images["wrist"], frames[5:])
-    np.testing.assert_array_equal(Episodes.concatenate(seen, seen).images["wrist"], np.concatenate([frames, frames]))
-    with pytest.raises(ValueError, match="differ in the cameras and shapes of their `images`"):
-        Episodes.concatenate(seen, episodes)
     flat = datasets.List(datasets.List(datasets.List(datasets.Value("uint8")), length=5), length=2)
     with pytest.raises(ValueError, match=r"'images.wrist' must hold uint8 images"):
         Episodes.from_dataset(seen.to_dataset().cast_column("images.wrist", flat))
