@@ -27,6 +27,7 @@ from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
 from dmc_hub.envs.workers import RestartingVectorEnv
 from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
+from dmc_hub.features import encode_episodes
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import Preset, preset_of
@@ -135,6 +136,8 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     start, task = time.perf_counter(), get_task(settings.task)
     episodes = task.episodes(settings.seed, settings.data)
     pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
+    if pipeline.components.get("vision_encoder") is not None:
+        episodes = encode_episodes(pipeline, episodes)
     before = _evaluations(settings, task, pipeline, "before")
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
     _say(f"alignment: at most {settings.max_passes} × ({' → '.join(settings.methods)})")
@@ -248,6 +251,8 @@ def train_foundation(
         pipeline.critic.load_state_dict(critic.state_dict())
         return pipeline
     _say("critic: IQL")
+    if pipeline.components.get("vision_encoder") is not None:
+        episodes = encode_episodes(pipeline, episodes)
     steps = settings.scaled(preset.critic_config().max_steps)
     IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
     return pipeline

@@ -9,13 +9,14 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import VectorEnv
 from peft import LoraConfig
 
 from dmc_hub.agent import Agent
-from dmc_hub.collect import random_behavior, run_behavior
 from dmc_hub.data import Episodes
 from dmc_hub.evaluation import evaluate
 from dmc_hub.presets import control
+from dmc_hub.rollout import run_episodes
 from dmc_hub.tasks import Task, make_vector_env
 from dmc_hub.trainers.alignment import METHODS
 from dmc_hub.trainers.denoising import DenoisingConfig, DenoisingTrainer
@@ -53,16 +54,10 @@ def check_task(task: Task, *, seed: int = 0) -> Iterator[CheckedPart]:
         num_steps = _step(env, seed)
         seconds = time.perf_counter() - start
         yield CheckedPart(f"{num_steps} random steps", seconds, f"{num_steps / seconds:.0f} steps/s")
-        if task.observation_dim is None:
-            yield CheckedPart("controllers", 0.0, "left out: images need a policy with a vision encoder")
-            return
-        start = time.perf_counter()
-        space: Any = env.action_space
-        behavior = random_behavior(space)
-        collected = run_behavior(env, behavior, seed=seed, num_episodes=NUM_EPISODES, max_episode_steps=EPISODE_STEPS)
     finally:
         env.close()
-    episodes = Episodes.from_dataset(collected.episodes.to_dataset())
+    start = time.perf_counter()
+    episodes = _random_episodes(task, seed)
     yield CheckedPart("dataset", time.perf_counter() - start, f"{episodes.num_steps} steps of a random policy")
     for controller in task.controllers:
         yield from _check_controller(task, episodes, controller, seed)
@@ -96,6 +91,29 @@ def _step(env: gymnasium.Env[Any, Any], seed: int) -> int:
     return NUM_STEPS
 
 
+def _random_episodes(task: Task, seed: int) -> Episodes:
+    vector_env, generator = _short_environments(task, 2), np.random.default_rng(seed)
+    space: Any = vector_env.action_space
+    try:
+        rollouts = run_episodes(
+            lambda observations, _: generator.uniform(space.low, space.high).astype(np.float32),
+            vector_env,
+            seeds=range(seed, seed + NUM_EPISODES),
+            record_images=True,
+        )
+    finally:
+        vector_env.close()
+    return Episodes.from_dataset(rollouts.to_episodes().to_dataset())
+
+
+def _short_environments(task: Task, num_envs: int) -> VectorEnv[Any, Any, Any]:
+    length = min(EPISODE_STEPS, task.max_episode_steps)
+    short = dataclasses.replace(
+        task, make_vector=None, make_env=lambda: gymnasium.wrappers.TimeLimit(task.make_env(), length)
+    )
+    return make_vector_env(short, num_envs)
+
+
 def _check_controller(task: Task, episodes: Episodes, controller: str, seed: int) -> Iterator[CheckedPart]:
     sizes: dict[str, Any] = {"per_device_train_batch_size": BATCH_SIZE, "max_steps": NUM_TRAIN_STEPS, "seed": seed}
     common = {"output_dir": None, "disable_tqdm": True, **sizes}
@@ -123,12 +141,8 @@ def _check_controller(task: Task, episodes: Episodes, controller: str, seed: int
 
 
 def _evaluate(task: Task, pipeline: Any, controller: str, seed: int) -> str:
-    length = min(EPISODE_STEPS, task.max_episode_steps)
-    short = dataclasses.replace(
-        task, make_vector=None, make_env=lambda: gymnasium.wrappers.TimeLimit(task.make_env(), length)
-    )
     agent = Agent(pipeline, num_action_steps=task.num_action_steps)
-    vector_env = make_vector_env(short, 1)
+    vector_env = _short_environments(task, 1)
     try:
         result = evaluate(
             agent,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Task:
         extras: extras of this package that the environment needs.
         max_episode_steps: steps after which an episode is truncated.
         observation_dim: width of the observations; None for images.
+        state_dim: of images: width of the state beside them, the first numbers of the data's observations.
+        cameras: of images: by name in the environment, the array of the data that holds its images.
         action_dim: width of the actions.
         reward: what the environment's reward is, in words.
         success: when an episode counts as a success: at "any step", at its "last step", or not defined.
@@ -82,6 +85,8 @@ class Task:
     optimal_return: Callable[[], float] | None = None
     dynamics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     behavior_log_prob: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    state_dim: int | None = None
+    cameras: Mapping[str, str] = field(default_factory=dict)
     controllers: tuple[str, ...] = ("planner", "decision_diffuser", "policy")
     horizon: int = 32
     policy_horizon: int = 16
@@ -104,7 +109,7 @@ class Task:
             return Episodes.from_dataset(self.dataset(seed))
         parts = [self._read(source) for source in sources]
         episodes = parts[0] if len(parts) == 1 else Episodes.concatenate(*parts)
-        expected = {"observations": self.observation_dim, "actions": self.action_dim}
+        expected = {"observations": self.observation_dim or self.state_dim, "actions": self.action_dim}
         for name, width in {"observations": episodes.observation_dim, "actions": episodes.action_dim}.items():
             if expected[name] not in (None, width):
                 raise ValueError(
@@ -118,7 +123,22 @@ class Task:
         path, max_steps = (sliced[1], int(sliced[2])) if sliced else (source, None)
         is_own_format = Path(path).exists() and detect_format(Path(path)) == self.reader
         episodes = load_episodes(path, **(self.reader_options if is_own_format else {}))
+        if self.cameras:
+            episodes = self._seen(source, episodes)
         return episodes if max_steps is None else episodes.first(max_steps)
+
+    def _seen(self, source: str, episodes: Episodes) -> Episodes:
+        """What an image policy sees of the data: the state and the cameras, under their names in the environment."""
+        known = episodes.images
+        keys = {name: key if key in known else name for name, key in self.cameras.items()}
+        if missing := [key for key in keys.values() if key not in known]:
+            raise ValueError(f"`data` {source} has no images {', '.join(missing)}: {self.name!r} needs them.")
+        return dataclasses.replace(
+            episodes,
+            observations=episodes.observations[:, : self.state_dim],
+            next_observations=episodes.next_observations[:, : self.state_dim],
+            images={name: known[key] for name, key in keys.items()},
+        )
 
     def dataset(self, seed: int) -> datasets.Dataset:
         """Data made on the spot.

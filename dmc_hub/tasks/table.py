@@ -106,6 +106,8 @@ def _push_t_task(kind: str) -> Task:
         objective="score",
         reader="zarr",
         reader_options={"reward": push_t.push_t_reward, "image_keys": ("img",) if is_image else ()},
+        state_dim=2 if is_image else None,
+        cameras={"image": "img"} if is_image else {},
         data_hint="read Diffusion Policy's pusht_cchi_v7_replay.zarr (in "
         "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip).",
         controllers=("policy",) if is_image else ("planner", "decision_diffuser", "policy"),
@@ -199,6 +201,8 @@ _ROBOMIMIC_STEPS = {"ph": {"transport": 700}, "mh": {"transport": 1100, "lift": 
 def _robomimic_task(name: str, operators: str, images: bool) -> Task:
     task = rs.ROBOSUITE_TASKS[name]
     max_episode_steps = _ROBOMIMIC_STEPS[operators].get(name, 400)
+    views = [f"{camera}_image" for camera in task.cameras] if images else []
+    cameras = {f"image_{i}" if i else "image": view for i, view in enumerate(views)}
     people = "one proficient operator" if operators == "ph" else "six operators of different skill"
     return Task(
         name=f"robomimic-{name}-{operators}{'-image' if images else ''}",
@@ -208,6 +212,8 @@ def _robomimic_task(name: str, operators: str, images: bool) -> Task:
         max_num_envs=4 if images else 16,
         max_episode_steps=max_episode_steps,
         observation_dim=None if images else task.object_dim + task.robot_dim,
+        state_dim=task.robot_dim if images else None,
+        cameras=cameras,
         action_dim=task.action_dim,
         extras=("robosuite",),
         reward="1 while the task is solved, else 0",
@@ -217,7 +223,7 @@ def _robomimic_task(name: str, operators: str, images: bool) -> Task:
         reader="robomimic",
         reader_options={
             "observation_keys": task.robot_keys if images else task.observation_keys,
-            "image_keys": tuple(f"{camera}_image" for camera in task.cameras) if images else (),
+            "image_keys": tuple(views),
         },
         data_hint=f"read robomimic's {name}/{operators}/{'image' if images else 'low_dim'}_v141.hdf5 "
         "(https://robomimic.github.io/docs/datasets/robomimic_v0.1.html).",
