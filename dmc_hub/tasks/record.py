@@ -131,7 +131,7 @@ class Task:
         """What an image policy sees of the data: the state and the cameras, under their names in the environment."""
         known = episodes.images
         keys = {name: key if key in known else name for name, key in self.cameras.items()}
-        if missing := [key for key in keys.values() if key not in known]:
+        if missing := [self.cameras[name] for name, key in keys.items() if key not in known]:
             raise ValueError(f"`data` {source} has no images {', '.join(missing)}: {self.name!r} needs them.")
         return dataclasses.replace(
             episodes,

@@ -1,5 +1,6 @@
 """The table of tasks, its scores, and tasks of a user's own."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from dmc_hub import cli
 from dmc_hub.collect import BEHAVIORS
+from dmc_hub.data import Episodes, make_nav1d_dataset
 from dmc_hub.evaluation import return_statistics
 from dmc_hub.presets import CONTROLLERS, control, preset_of
 from dmc_hub.rollout import Rollouts
@@ -172,3 +174,38 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(__import__("sys").modules, "gym_pusht", None)  # as if it were not installed
     assert cli.main(["task", "check", "--task", "push-t"]) == 2
     assert 'pip install "dmc_hub[robotics]"' in capsys.readouterr().err
+
+
+@pytest.fixture
+def walks(tmp_path: Path) -> Path:
+    make_nav1d_dataset("full", num_episodes=3).save_to_disk(tmp_path / "walks")
+    return tmp_path / "walks"
+
+
+def test_data_are_read_one_source_after_the_other(walks: Path) -> None:
+    task = dataclasses.replace(TASKS["nav1d-full"], make_dataset=None)
+    whole = task.episodes(0, [str(walks)])
+    assert whole.num_episodes == 3
+    joined = task.episodes(0, [f"{walks}[:17]", str(walks)])
+    assert joined.num_episodes == 5
+    np.testing.assert_array_equal(joined.rewards, np.concatenate([whole.rewards[:16], whole.rewards]))
+    with pytest.raises(ValueError, match="has no data of its own"):
+        task.episodes(0)
+    wider = dataclasses.replace(task, observation_dim=4)
+    with pytest.raises(ValueError, match="has observations of width 3; those of 'nav1d-full' have 4"):
+        wider.episodes(0, [str(walks)])
+
+
+def test_an_image_policy_gets_the_state_and_the_cameras_under_their_names(tmp_path: Path) -> None:
+    episodes = Episodes.from_dataset(make_nav1d_dataset("full", num_episodes=2))
+    frames = np.arange(episodes.num_steps, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    dataclasses.replace(episodes, images={"img": frames}).to_dataset().save_to_disk(tmp_path / "seen")
+    task = dataclasses.replace(TASKS["nav1d-full"], observation_dim=None, state_dim=2, cameras={"image": "img"})
+    seen = task.episodes(0, [str(tmp_path / "seen")])
+    np.testing.assert_array_equal(seen.observations, episodes.observations[:, :2])
+    np.testing.assert_array_equal(seen.next_observations, episodes.next_observations[:, :2])
+    assert list(seen.images) == ["image"]
+    np.testing.assert_array_equal(seen.images["image"], frames)
+    other = dataclasses.replace(task, cameras={"image": "wrist"})
+    with pytest.raises(ValueError, match="has no images wrist: 'nav1d-full' needs them"):
+        other.episodes(0, [str(tmp_path / "seen")])
