@@ -219,7 +219,12 @@ def control(task: Task, controller: str, sampler: str = "ddpm") -> Preset:
     return Preset(
         build_pipeline=functools.partial(_build_control, task=task, controller=controller, sampler=sampler),
         foundation={"max_steps": 6_000, "learning_rate": 5e-4, **batch},
-        critic={"max_steps": 20_000, "per_device_train_batch_size": 128, "discount": task.discount},
+        critic={
+            "max_steps": 20_000,
+            "per_device_train_batch_size": 128,
+            "discount": task.discount,
+            "expectile": task.expectile,
+        },
         methods=("nft", "dpo", "sft"),
         stages={
             "ddpo": {"max_steps": 100, "learning_rate": 3e-5},

@@ -59,7 +59,7 @@ class Task:
         horizon: steps of a planner's window; `policy_horizon` those of a policy's action sequence.
         num_observation_steps: observations that a policy sees.
         num_action_steps: actions executed before the next decision.
-        discount: of the critic.
+        discount: of the critic; likewise its `expectile`, as published for IQL (arXiv:2110.06169, appendix B).
     """
 
     name: str
@@ -93,6 +93,7 @@ class Task:
     num_observation_steps: int = 1
     num_action_steps: int = 1
     discount: float = 0.99
+    expectile: float = 0.7
 
     def episodes(self, seed: int, sources: Sequence[str] = ()) -> Episodes:
         """The task's data.

@@ -162,6 +162,7 @@ def _antmaze_task(maze: str, goals: str) -> Task:
         policy_horizon=8,
         num_action_steps=4,
         discount=0.995,
+        expectile=0.9,
     )
 
 
