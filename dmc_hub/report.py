@@ -48,5 +48,6 @@ def learning_curve(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, float
 
 
 def _label(stage: Mapping[str, Any]) -> str:
-    """In brackets on the learning curve: a stage that was rolled back, whose return is that of what was discarded."""
-    return f"({stage['name']})" if stage["decision"] == "rolled back" else str(stage["name"])
+    """In brackets on the learning curve: a stage that was rolled back, whose return is that of what was discarded, or
+    skipped."""
+    return f"({stage['name']})" if stage["decision"] in ("rolled back", "skipped") else str(stage["name"])

@@ -94,6 +94,9 @@ class AlignmentConfig:
     num_retries: int = field(
         default=1, metadata={"help": "Times a collapsed stage is tried again, at a lower learning rate."}
     )
+    num_rollbacks: int = field(
+        default=1, metadata={"help": "A method is skipped once so many of its stages in a row were rolled back."}
+    )
     retry_learning_rate: float = field(default=0.3, metadata={"help": "Factor on the learning rate of each retry."})
     learning_rate_decay: float = field(
         default=0.5, metadata={"help": "Factor on a method's learning rate after each of its stages."}
@@ -104,7 +107,7 @@ class AlignmentConfig:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"`methods` must be a list of {', '.join(METHODS)}; got {self.methods}.")
-        for name in ("max_passes", "validations_per_stage", "patience"):
+        for name in ("max_passes", "validations_per_stage", "patience", "num_rollbacks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in (
@@ -148,9 +151,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage did. `decision` is "start", "kept" or "rolled back", `reason` says why.
+    """What one stage did. `decision` is "start", "kept", "rolled back" or "skipped", `reason` says why.
 
-    The figures are those of the state that was kept, or of what was discarded.
+    The figures are those of the state that was kept, or of what was discarded; of a skipped stage the best state's.
     """
 
     stage: int
@@ -177,8 +180,9 @@ class SequentialAligner:
     has left a bound (coherency, divergence from the foundation, diversity) or when it has collapsed (NaN, a spike of
     the gradient, a lost return); the best of its states within the bounds goes on, or the state before it if there is
     none. The states between the best one and one that left a bound are searched by bisection: adapters in between cost
-    a validation, and no training. A collapsed stage is tried again at a lower learning rate. Passes go on until one
-    gains next to nothing, and the best state of all is restored.
+    a validation, and no training. A collapsed stage is tried again at a lower learning rate, and a method that was
+    rolled back is skipped from then on. Passes go on until one gains next to nothing, and the best state of all is
+    restored.
 
     Finished stages are written to `output_dir` one by one, each in one step, and checkpoints on the way: an interrupted
     run continues where it was. It runs in one process.
@@ -245,8 +249,12 @@ class SequentialAligner:
             self._finish(_result(0, "foundation", "start", "before alignment", self.measure(0)))
         while not self._is_over():
             stage = len(self.results)
+            method = self.stage_names[stage - 1]
             self._collect_before(stage)
-            self._run_stage(stage, self.stage_names[stage - 1])
+            if self._is_hopeless(method):
+                self._skip(stage, method)
+            else:
+                self._run_stage(stage, method)
         self._write_log()
         self._set_adapter(self._best[1])
         return self.results
@@ -337,6 +345,20 @@ class SequentialAligner:
     def _best_return(self, count: int) -> float:
         """The best of the first `count` results that were not discarded."""
         return max(row.return_mean for row in self.results[:count] if row.decision != "rolled back")
+
+    def _is_hopeless(self, method: str) -> bool:
+        """Whether the method's last stages were all rolled back, or skipped for that reason."""
+        decisions = [row.decision for row in self.results if row.name == method][-self.config.num_rollbacks :]
+        return len(decisions) == self.config.num_rollbacks and not {"start", "kept"} & set(decisions)
+
+    def _skip(self, stage: int, method: str) -> None:
+        best = max((row for row in self.results if row.decision != "rolled back"), key=lambda row: row.return_mean)
+        figures = {name: getattr(best, name) for name in ("return_mean", "return_std", "coherency")}
+        figures |= {"divergence": best.divergence, "diversity": best.diversity}
+        self._set_adapter(self._best[1])
+        self._finish(
+            StageResult(stage, method, "skipped", "its last stage was rolled back", **figures, wall_seconds=0.0)
+        )
 
     def _run_stage(self, stage: int, method: str) -> None:
         start, retries = time.perf_counter(), list[str]()

@@ -288,6 +288,29 @@ def test_after_the_retries_a_collapsed_stage_is_given_up(make_pipeline: MakePipe
     assert all(float(value.abs().max()) == 0 for name, value in adapter(pipeline).items() if "lora_B" in name)
 
 
+def test_a_method_that_was_rolled_back_is_skipped(
+    make_pipeline: MakePipeline, episodes: Episodes, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"methods": ["reward_gradient", "dpo"], "validations_per_stage": 1, "max_passes": 3}
+    rows = (5.0, 6.0, 5.0, 7.0, 7.01)
+    pipeline = make_pipeline("policy")
+    expected = scripted(pipeline, episodes, *rows, output_dir=tmp_path, **settings).run()
+    decisions = ["start", "kept", "rolled back", "kept", "skipped", "kept", "skipped"]
+    assert [row.decision for row in expected] == decisions
+    assert [row.return_mean for row in expected[3:]] == [7.0, 7.0, 7.01, 7.01]
+    assert expected[4].num_steps == 0
+    resumed = make_pipeline("policy")
+    assert without_time(scripted(resumed, episodes, output_dir=tmp_path, **settings).run()) == without_time(expected)
+    for name, value in adapter(pipeline).items():
+        assert torch.equal(value, adapter(resumed)[name]), name
+
+
+def test_a_method_has_as_many_chances_as_it_is_given(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    settings: dict[str, Any] = {"validations_per_stage": 1, "max_passes": 4, "min_gain": 0.0, "num_rollbacks": 2}
+    aligner = scripted(make_pipeline("policy"), episodes, 5.0, 4.0, 6.0, 5.0, 5.0, **settings)
+    assert [row.decision for row in aligner.run()] == ["start", "rolled back", "kept", "rolled back", "rolled back"]
+
+
 def test_passes_go_on_until_one_gains_too_little(make_pipeline: MakePipeline, episodes: Episodes) -> None:
     settings: dict[str, Any] = {"validations_per_stage": 1, "max_passes": 5, "min_gain": 0.05}
     aligner = scripted(make_pipeline("policy"), episodes, 5.0, 6.0, 7.0, 7.3, **settings)
