@@ -302,6 +302,8 @@ def evaluate(
         objective: of what the statistics are: the returns, or the scores.
         progress: whether to show a bar.
     """
+    if objective == "score" and score is None:
+        raise ValueError("`objective` 'score' needs `score`: a function of the rollouts.")
     cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
     diversity: list[np.ndarray] = []
     scores: list[np.ndarray] = []

@@ -302,3 +302,12 @@ def test_evaluation_is_json() -> None:
     assert values["statistics"]["share_of_optimum"] == pytest.approx(result.statistics.mean / 2)
     assert values["num_inference_steps"] == 3
     assert values["coherency"] is None
+
+
+def test_statistics_are_of_the_scores_where_those_are_the_objective() -> None:
+    result = evaluation(score=lambda rollouts: -rollouts.lengths.astype(float), objective="score")
+    assert result.outcomes.tolist() == [-1, -2, -3, -4, -1]
+    assert result.statistics.mean == result.statistics.normalized_score == -2.2
+    np.testing.assert_array_equal(result.rollouts.returns, evaluation().outcomes)
+    with pytest.raises(ValueError, match="`objective` 'score' needs `score`"):
+        evaluation(objective="score")
