@@ -241,6 +241,21 @@ class EvaluateArguments:
     num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
     first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
+    num_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes that run one environment each, side by side; 0 runs all in this one. The number of "
+            "environments side by side is part of what an evaluation is: it changes the noise."
+        },
+    )
+    worker_timeout: float = field(default=60.0, metadata={"help": "Seconds for a step, then a worker is restarted."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps every batch of episodes: an interrupted evaluation continues, a repeated one "
+            "costs nothing."
+        },
+    )
 
 
 @dataclass(kw_only=True)

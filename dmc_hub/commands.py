@@ -274,11 +274,16 @@ def evaluate(arguments: EvaluateArguments) -> None:
         action_selection=arguments.action_selection,
         num_inference_steps=arguments.num_inference_steps,
         num_upsampling_passes=arguments.num_upsampling_passes,
+        num_workers=arguments.num_workers,
+        worker_timeout=arguments.worker_timeout,
+        cache_dir=None if arguments.cache_dir is None else Path(arguments.cache_dir),
+        progress=True,
     )
     summary = result.to_dict()
     if arguments.output is not None:
         checkpoint.save_json(Path(arguments.output), summary)
-    print(json.dumps({name: value for name, value in summary.items() if name not in ("seeds", "returns")}, indent=2))
+    long = ("seeds", "returns", "episodes")
+    print(json.dumps({name: value for name, value in summary.items() if name not in long}, indent=2))
 
 
 def _train_foundation(

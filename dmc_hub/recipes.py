@@ -11,27 +11,34 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from gymnasium.vector import VectorEnv
 from torch import nn
 
 import dmc_hub
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
 from dmc_hub.data import Episodes
-from dmc_hub.envs.workers import RestartingVectorEnv
-from dmc_hub.evaluation import Evaluation, evaluate, planner_coherency_scores, policy_coherency_scores
+from dmc_hub.evaluation import (
+    Evaluation,
+    batches_of,
+    cached_records,
+    evaluate,
+    planner_coherency_scores,
+    policy_coherency_scores,
+    summarize_records,
+)
+from dmc_hub.evaluation_cache import EvaluationCache, controller_fingerprint
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import Preset, preset_of
 from dmc_hub.report import write_report
-from dmc_hub.tasks import Task, describe_task, get_task, make_vector_env
+from dmc_hub.tasks import Task, describe_task, get_task, make_vector_env, num_side_by_side
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
 from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.denoising import DenoisingTrainer
@@ -199,24 +206,95 @@ def coherency_of(task: Task, controller: str) -> Any:
 
 
 def evaluate_on_task(
-    task: Task, pipeline: Any, controller: str, *, first_seed: int, num_episodes: int, **options: Any
+    task: Task,
+    pipeline: Any,
+    controller: str,
+    *,
+    first_seed: int,
+    num_episodes: int,
+    num_candidates: int,
+    action_selection: str,
+    num_inference_steps: int | None = None,
+    num_upsampling_passes: int = 0,
+    generator_seed: int = 0,
+    num_workers: int = 0,
+    worker_timeout: float = 60.0,
+    cache_dir: Path | None = None,
+    progress: bool = False,
 ) -> Evaluation:
-    """Evaluate on `num_episodes` seeds from `first_seed` on, as many environments side by side as the task allows."""
-    vector_env = make_vector_env(task, num_episodes)
+    """Evaluate on `num_episodes` seeds from `first_seed` on.
+
+    Args:
+        task: the task.
+        pipeline: the controller.
+        controller: one of `presets.CONTROLLERS`.
+        first_seed: of the first episode.
+        num_episodes: how many.
+        num_candidates: candidates per decision.
+        action_selection: "greedy", "expectation" or "softmax".
+        num_inference_steps: denoising steps; None for the pipeline's own number.
+        num_upsampling_passes: passes through the pipeline's up-sampler.
+        generator_seed: see `dmc_hub.evaluation.evaluate`.
+        num_workers: processes that run one environment each, side by side; 0 runs as many as the task allows here.
+        worker_timeout: seconds that a worker has for one step.
+        cache_dir: folder for the results of every batch of episodes: what is there is not run again.
+        progress: whether to show a bar.
+    """
+    seeds = range(first_seed, first_seed + num_episodes)
+    num_envs = num_side_by_side(task, num_episodes, num_workers)
+    options: dict[str, Any] = {
+        "num_candidates": num_candidates,
+        "action_selection": action_selection,
+        "num_inference_steps": num_inference_steps,
+        "num_upsampling_passes": num_upsampling_passes,
+        "generator_seed": generator_seed,
+        "optimal_return": None if task.optimal_return is None else task.optimal_return(),
+        "objective": task.objective,
+    }
+    cache = None
+    if cache_dir is not None:
+        cache = EvaluationCache(cache_dir, _cache_settings(task, pipeline, controller, num_envs, options))
+        found = cached_records(cache, batches_of(seeds, num_envs))
+        if found.keys() >= set(seeds):
+            records = [found[seed] for seed in seeds]
+            return summarize_records(records, failed_seeds=(), wall_seconds=0.0, steps=None, **options)
+    vector_env = make_vector_env(task, num_episodes, num_workers=num_workers, worker_timeout=worker_timeout)
     try:
         return evaluate(
             Agent(pipeline, num_action_steps=task.num_action_steps),
             vector_env,
-            seeds=range(first_seed, first_seed + num_episodes),
-            optimal_return=None if task.optimal_return is None else task.optimal_return(),
+            seeds=seeds,
+            cache=cache,
             coherency=coherency_of(task, controller),
             success=task.success,
             score=task.score,
-            objective=task.objective,
+            progress=progress,
             **options,
         )
     finally:
         vector_env.close()
+
+
+def _cache_settings(
+    task: Task, pipeline: Any, controller: str, num_envs: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that a batch of episodes depends on besides its seeds."""
+    decisions = {name: options[name] for name in ("num_candidates", "action_selection", "num_upsampling_passes")}
+    return {
+        **decisions,
+        "num_inference_steps": options["num_inference_steps"] or pipeline.config.num_inference_steps,
+        "generator_seed": options["generator_seed"],
+        "num_envs": num_envs,
+        "num_action_steps": task.num_action_steps,
+        "task": task.name,
+        "env_id": task.env_id,
+        "max_episode_steps": task.max_episode_steps,
+        "success": task.success,
+        "score": task.score_name,
+        "controller": controller,
+        "fingerprint": controller_fingerprint(pipeline),
+        "device": pipeline.device.type,
+    }
 
 
 def train_foundation(
@@ -393,16 +471,15 @@ def _online(settings: RunSettings, online: OnlineSettings, task: Task, preset: P
     )
     return {
         "online": config,
-        "make_env": functools.partial(make_environments, task, online),
+        "make_env": functools.partial(
+            make_vector_env,
+            task,
+            online.num_episodes,
+            num_workers=online.num_workers,
+            worker_timeout=online.worker_timeout,
+        ),
         "critic_config": preset.critic_config(max_steps=settings.scaled(online.critic_steps)),
     }
-
-
-def make_environments(task: Task, online: OnlineSettings) -> VectorEnv[Any, Any, Any]:
-    """The environments of a collection: in this process, or in `num_workers` others that are restarted if they fail."""
-    if online.num_workers == 0:
-        return make_vector_env(task, online.num_episodes)
-    return RestartingVectorEnv([task.make_env] * online.num_workers, timeout=online.worker_timeout)
 
 
 def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:

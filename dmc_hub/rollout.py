@@ -112,7 +112,8 @@ def run_episodes(
     *,
     seeds: Sequence[int],
     generator: torch.Generator | None = None,
-    on_reset: Callable[[], None] | None = None,
+    on_reset: Callable[[list[int]], None] | None = None,
+    on_batch: Callable[[Rollouts], None] | None = None,
     progress: bool = False,
 ) -> Rollouts:
     """Run one episode per seed, `vector_env.num_envs` of them at a time.
@@ -129,7 +130,8 @@ def run_episodes(
         vector_env: with one-dimensional float observations and actions and autoreset mode NEXT_STEP.
         seeds: one seed per episode, given to the environment that runs it.
         generator: passed on to the controller at every step.
-        on_reset: called whenever episodes start in all environments, for controllers that remember.
+        on_reset: called with their seeds whenever episodes start in all environments, for controllers that remember.
+        on_batch: called with what these episodes were when all of them are over, those that failed left out.
         progress: whether to show a bar that counts finished episodes.
 
     Returns:
@@ -149,9 +151,10 @@ def run_episodes(
     with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
         while todo:
             chunk, todo = todo[: vector_env.num_envs], todo[vector_env.num_envs :]
+            batch_seeds = [int(seeds[i]) for i in chunk]
             if on_reset is not None:
-                on_reset()
-            steps, failed = _run_batch(controller, vector_env, [seeds[i] for i in chunk], generator, bar)
+                on_reset(batch_seeds)
+            steps, failed = _run_batch(controller, vector_env, batch_seeds, generator, bar)
             for place, index in enumerate(chunk):
                 num_failures[index] += int(failed[place])
                 if not failed[place]:
@@ -160,6 +163,9 @@ def run_episodes(
                     todo.append(index)
             if steps:
                 batches.append([step._replace(valid=step.valid & ~failed) for step in steps])
+            places = [place for place in range(len(chunk)) if not failed[place]]
+            if on_batch is not None and places:
+                on_batch(_collect(batches[-1:], places, [batch_seeds[place] for place in places], []))
     given_up = [int(seed) for index, seed in enumerate(seeds) if index not in column_of]
     _report_failures(vector_env, given_up, len(seeds))
     kept = sorted(column_of)

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from dmc_hub.data import Episodes, load_episodes
 from dmc_hub.data.readers import detect_format
+from dmc_hub.envs.workers import RestartingVectorEnv
 
 if TYPE_CHECKING:
     from dmc_hub.rollout import Rollouts
@@ -132,16 +133,33 @@ class Task:
         return self.make_dataset(seed)
 
 
-def make_vector_env(task: Task, num_envs: int) -> VectorEnv[Any, Any, Any]:
-    """The task's environments side by side in this process, `task.max_num_envs` at most, with autoreset NEXT_STEP.
+def num_side_by_side(task: Task, num_episodes: int, num_workers: int = 0) -> int:
+    """How many environments run so many episodes: one per worker, else as many as the task allows in one process."""
+    if num_workers < 0:
+        raise ValueError(f"`num_workers` must not be negative, got {num_workers}.")
+    return min(num_episodes, num_workers or task.max_num_envs)
+
+
+def make_vector_env(
+    task: Task, num_envs: int, *, num_workers: int = 0, worker_timeout: float = 60.0
+) -> VectorEnv[Any, Any, Any]:
+    """The task's environments side by side, `num_side_by_side` of them, with autoreset NEXT_STEP.
+
+    Args:
+        task: whose environments.
+        num_envs: how many are asked for.
+        num_workers: processes that run one environment each and are restarted if they fail; 0 runs all in this one.
+        worker_timeout: seconds that a worker has for one step.
 
     Raises:
         ImportError: the environment's extra is not installed.
-        ValueError: `num_envs` is not positive.
+        ValueError: `num_envs` is not positive, `num_workers` is negative, or `worker_timeout` is not positive.
     """
     if num_envs < 1:
         raise ValueError(f"`num_envs` must be at least 1, got {num_envs}.")
-    count = min(num_envs, task.max_num_envs)
+    count = num_side_by_side(task, num_envs, num_workers)
+    if num_workers:
+        return RestartingVectorEnv([task.make_env] * count, timeout=worker_timeout)
     if task.make_vector is not None:
         return task.make_vector(count)
     return SyncVectorEnv([task.make_env] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
