@@ -20,6 +20,7 @@ PICTURES = {
     "trajectories.png": "Trajectories before and after alignment",
     "returns.png": "Returns before and after alignment",
     "diversity.png": "Return against the diversity of candidates",
+    "critic.png": "The critic's values against the returns that followed in the data",
 }
 MAX_REPORT_BYTES = 16 << 20
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#|!~])")

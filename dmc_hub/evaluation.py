@@ -95,6 +95,16 @@ class Evaluation:
             raise ValueError("Episodes that were found in a cache have no steps: evaluate without one.")
         return self.steps
 
+    @property
+    def returns(self) -> np.ndarray:
+        """Of every episode, float64 of shape `(num_episodes,)`."""
+        return np.array([record.episode_return for record in self.records])
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Of every episode, float64 of shape `(num_episodes,)`, where the task has a score."""
+        return _told([record.score for record in self.records])
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the episodes' steps, as values that JSON can hold."""
         left_out = ("steps", "statistics", "outcomes", "records", "failed_seeds")

@@ -235,6 +235,26 @@ def plot_curves(
     _save(figure, path)
 
 
+def plot_critic(returns_to_go: np.ndarray, values: np.ndarray, path: str | os.PathLike[str]) -> None:
+    """Values of the data's steps over the return that followed, the more steps the darker, and where both are equal.
+
+    Args:
+        returns_to_go: of shape `(num_steps,)`.
+        values: of the same steps, `(num_steps,)`.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    hexagons = axes.hexbin(returns_to_go, values, gridsize=40, bins="log", mincnt=1, cmap="Blues", linewidths=0.2)
+    low, high = min(returns_to_go.min(), values.min()), max(returns_to_go.max(), values.max())
+    axes.plot([low, high], [low, high], color="black", linewidth=1, linestyle="--", label="equal")
+    figure.colorbar(hexagons, ax=axes, label="steps")
+    axes.set(xlabel="discounted return-to-go", ylabel="min(Q1, Q2)")
+    axes.legend(frameon=False, fontsize=8)
+    _hide_spines(axes)
+    _save(figure, path)
+
+
 def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Learning curves of every variant, one panel per controller; a line per seed.
 

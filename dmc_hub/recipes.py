@@ -23,6 +23,7 @@ from torch import nn
 import dmc_hub
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
+from dmc_hub.critic_diagnostics import diagnose_critic
 from dmc_hub.data import Episodes
 from dmc_hub.evaluation import (
     Evaluation,
@@ -160,8 +161,11 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     after = _evaluations(settings, task, pipeline, "after")
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
+    fitted = preset.critic_config()
+    critic = diagnose_critic(pipeline, episodes, discount=fitted.discount, expectile=fitted.expectile)
     report = _report(settings, task, episodes, before, after, stages)
     report.update(
+        critic=critic.to_dict(),
         collections=[vars(collection) for collection in collections],
         pipeline_class=type(pipeline).__name__,
         pipeline_folder="pipeline-after" if changed else "pipeline",
@@ -170,7 +174,8 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
         machine=run_environment()["machine"],
         wall_seconds=time.perf_counter() - start + seconds_before,
     )
-    write_report(output_dir, report, paths_before=before[0].rollouts.paths(), paths_after=after[0].rollouts.paths())
+    paths = {"paths_before": before[0].rollouts.paths(), "paths_after": after[0].rollouts.paths()}
+    write_report(output_dir, report, **paths, critic=critic)
     return report
 
 
@@ -529,6 +534,8 @@ def _report(
             "diversity_after": last.candidate_diversity,
             "returns_before": first.outcomes.tolist(),
             "returns_after": last.outcomes.tolist(),
+            "scores_before": _normalized(task, first),
+            "scores_after": _normalized(task, last),
         }
         for first, last in zip(before, after, strict=True)
     ]
@@ -536,6 +543,7 @@ def _report(
         "task": task.name,
         "data": [Path(source).name for source in settings.data],
         "metric": "return" if task.objective == "return" else task.score_name,
+        "score_name": task.score_name,
         "controller": settings.controller,
         "sampler": settings.sampler,
         "seed": settings.seed,
@@ -564,6 +572,11 @@ def _report(
         "validation_seeds": list(range(VALIDATION_SEED, VALIDATION_SEED + settings.num_validation_episodes)),
         "stages": [vars(stage) for stage in stages],
     }
+
+
+def _normalized(task: Task, evaluation: Evaluation) -> list[float] | None:
+    scores = task.normalized_scores(evaluation.returns, evaluation.scores)
+    return None if scores is None else scores.tolist()
 
 
 @contextmanager

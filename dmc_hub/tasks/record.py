@@ -42,6 +42,7 @@ class Task:
         success: when an episode counts as a success: at "any step", at its "last step", or not defined.
         score: `Rollouts -> scores (num_episodes,)` on the scale of the published tables.
         score_name: what that score is.
+        expert_score: the score of an expert, such as D4RL's 100.
         objective: what counts in alignment and reports: an episode's "return", or its "score", where more return is not
             better (an environment that ends with success).
         reader: name of the format that people have data of this task in; see `dmc_hub.data.readers`.
@@ -74,6 +75,7 @@ class Task:
     success: Literal["any step", "last step"] | None = None
     score: Callable[[Rollouts], np.ndarray] | None = None
     score_name: str | None = None
+    expert_score: float = 1.0
     objective: Literal["return", "score"] = "return"
     reader: str | None = None
     reader_options: Mapping[str, Any] = field(default_factory=dict)
@@ -120,6 +122,20 @@ class Task:
         is_own_format = Path(path).exists() and detect_format(Path(path)) == self.reader
         episodes = load_episodes(path, **(self.reader_options if is_own_format else {}))
         return episodes if max_steps is None else episodes.first(max_steps)
+
+    def normalized_scores(self, returns: np.ndarray, scores: np.ndarray | None) -> np.ndarray | None:
+        """Results of episodes on a scale that tasks share: 1 is an expert's score or, without a score, the optimum.
+
+        Args:
+            returns: of shape `(num_episodes,)`.
+            scores: what `score` gives, likewise; None where the task has none.
+
+        Returns:
+            Float64 of shape `(num_episodes,)`; None where neither expert nor optimum is known.
+        """
+        if scores is not None:
+            return np.asarray(scores, dtype=np.float64) / self.expert_score
+        return None if self.optimal_return is None else np.asarray(returns, dtype=np.float64) / self.optimal_return()
 
     def dataset(self, seed: int) -> datasets.Dataset:
         """Data made on the spot.

@@ -75,6 +75,7 @@ def _locomotion_tasks() -> Iterator[Task]:
                 reward="forward velocity, a healthy reward where the robot can fall, minus a cost of control",
                 score=functools.partial(d4rl_score, low=low, high=high),
                 score_name="D4RL's normalised score",
+                expert_score=100.0,
                 reader="d4rl",
                 data_hint=f"read D4RL's {short}-{quality}-v2.hdf5 (http://rail.eecs.berkeley.edu/datasets/offline_rl/"
                 f"gym_mujoco_v2/{short}_{quality.replace('-', '_')}-v2.hdf5), or make your own set by `dmc-hub data "
@@ -154,6 +155,7 @@ def _antmaze_task(maze: str, goals: str) -> Task:
         success="any step",
         score=functools.partial(success_score, when="any step", scale=100.0),
         score_name="100 × success rate",
+        expert_score=100.0,
         reader="d4rl",
         data_hint=f"read D4RL's {name}-v2 (Minari: D4RL/antmaze/{maze}-{goals}-v1), or collect your own.",
         horizon=64,
@@ -181,6 +183,7 @@ def _kitchen_task(kind: str) -> Task:
         success="any step",
         score=functools.partial(success_score, when="any step") if is_relay else score,
         score_name="p4, the share of episodes with four subtasks" if is_relay else "25 × completed subtasks",
+        expert_score=1.0 if is_relay else 100.0,
         reader="relay-kitchen" if is_relay else "d4rl",
         data_hint="read Relay Policy Learning's demonstrations (in "
         "https://diffusion-policy.cs.columbia.edu/data/training/kitchen.zip)."
