@@ -389,6 +389,14 @@ class SummarizeArguments:
 
 
 @dataclass(kw_only=True)
+class AggregateArguments:
+    """Arguments of `dmc-hub aggregate`."""
+
+    results: list[str] = field(metadata={"help": "JSON files that `dmc-hub summarize` wrote, of different tasks."})
+    output_dir: str = field(metadata={"help": "Folder for aggregate.json, .md and .png."})
+
+
+@dataclass(kw_only=True)
 class AblateAlignmentArguments:
     """Arguments of `dmc-hub ablate-alignment`."""
 

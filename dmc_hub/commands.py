@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dmc_hub import ablation, cards, checkpoint, portable, reproduction, transfer
+from dmc_hub.aggregation import aggregate_summaries
 from dmc_hub.arguments import (
     AblateAlignmentArguments,
+    AggregateArguments,
     AlignArguments,
     CardArguments,
     CascadeArguments,
@@ -190,6 +192,16 @@ def summarize(arguments: SummarizeArguments) -> None:
     print(
         f"{summary['task']} {summary['controller']}: {summary['metric']} {summary['return_before']:.2f} "
         f"[{low:.2f}, {high:.2f}] → {summary['return_after']:.2f} [{after_low:.2f}, {after_high:.2f}]"
+    )
+
+
+def aggregate(arguments: AggregateArguments) -> None:
+    """Aggregate the summaries of several tasks."""
+    results = aggregate_summaries([Path(path) for path in arguments.results], Path(arguments.output_dir))
+    iqm = results["aggregates"]["IQM"]
+    print(
+        f"{results['num_tasks']} tasks, IQM of the score: {iqm['before']['value']:.3f} → {iqm['after']['value']:.3f}, "
+        f"control {iqm['control']['value']:.3f}; see {Path(arguments.output_dir) / 'aggregate.md'}"
     )
 
 

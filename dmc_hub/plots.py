@@ -255,6 +255,33 @@ def plot_critic(returns_to_go: np.ndarray, values: np.ndarray, path: str | os.Pa
     _save(figure, path)
 
 
+def plot_intervals(
+    estimates: Mapping[str, Mapping[str, Mapping[str, float]]],
+    labels: Mapping[str, str],
+    path: str | os.PathLike[str],
+) -> None:
+    """Point estimates with their intervals, a panel per aggregate and a bar per setting, as rliable draws them.
+
+    Args:
+        estimates: by aggregate and setting, `value`, `low` and `high`.
+        labels: by setting, from the top.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(3.0 + 2.1 * len(estimates), 0.9 + 0.4 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(estimates), sharey=True, squeeze=False)[0]
+    y = np.arange(len(labels))[::-1]
+    for axes, (name, entries) in zip(panels, estimates.items(), strict=True):
+        low, value, high = (np.array([entries[s][key] for s in labels]) for key in ("low", "value", "high"))
+        colors = [AFTER_COLOR if "after" in setting else BEFORE_COLOR for setting in labels]
+        axes.barh(y, high - low, left=low, height=0.6, color=colors, alpha=0.6)
+        axes.vlines(value, y - 0.3, y + 0.3, color="black", linewidth=1.6)
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks(y, list(labels.values()), fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        _hide_spines(axes)
+    _save(figure, path)
+
+
 def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Learning curves of every variant, one panel per controller; a line per seed.
 
