@@ -256,6 +256,9 @@ class EvaluateArguments:
             "costs nothing."
         },
     )
+    videos: str | None = field(
+        default=None, metadata={"help": "Folder for videos of the best, the median and the worst episode."}
+    )
 
 
 @dataclass(kw_only=True)

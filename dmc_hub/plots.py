@@ -273,12 +273,32 @@ def plot_intervals(
     for axes, (name, entries) in zip(panels, estimates.items(), strict=True):
         low, value, high = (np.array([entries[s][key] for s in labels]) for key in ("low", "value", "high"))
         colors = [AFTER_COLOR if "after" in setting else BEFORE_COLOR for setting in labels]
+        axes.use_sticky_edges = False
         axes.barh(y, high - low, left=low, height=0.6, color=colors, alpha=0.6)
         axes.vlines(value, y - 0.3, y + 0.3, color="black", linewidth=1.6)
         axes.set_title(name, fontsize=9)
         axes.set_yticks(y, list(labels.values()), fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
         _hide_spines(axes)
+    _save(figure, path)
+
+
+def plot_frames(rows: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Frames of episodes from left to right, a row per episode.
+
+    Args:
+        rows: by label, frames of shape `(num_frames, height, width, 3)`, uint8.
+        path: the PNG file to write.
+    """
+    count = max(len(frames) for frames in rows.values())
+    figure = Figure(figsize=(1.7 * count, 1.95 * len(rows)), layout="constrained")
+    for strip, (label, frames) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        strip.suptitle(label, fontsize=9, x=0.01, ha="left")
+        panels = strip.subplots(1, count, squeeze=False)[0]
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, frame in zip(panels, frames):
+            axes.imshow(frame)
     _save(figure, path)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import dmc_hub
-from dmc_hub import checkpoint
+from dmc_hub import checkpoint, plots
 from dmc_hub.agent import Agent
 from dmc_hub.critic_diagnostics import diagnose_critic
 from dmc_hub.data import Episodes
@@ -38,6 +38,7 @@ from dmc_hub.evaluation_cache import EvaluationCache, controller_fingerprint
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import Preset, preset_of
+from dmc_hub.replay import best_median_worst, replay, save_video
 from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, describe_task, get_task, make_vector_env, num_side_by_side
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
@@ -48,6 +49,7 @@ from dmc_hub.trainers.iql import IQLTrainer
 from dmc_hub.trainers.online import CollectionResult, OnlineConfig
 
 VALIDATION_SEED, EVALUATION_SEED, COLLECTION_SEED = 1_000_000, 2_000_000, 3_000_000
+VIDEO_FRAMES = 150
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,65 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
         machine=run_environment()["machine"],
         wall_seconds=time.perf_counter() - start + seconds_before,
     )
+    report["drawn_episodes"] = _draw_episodes(task, after[0], output_dir / "episodes.png")
     paths = {"paths_before": before[0].rollouts.paths(), "paths_after": after[0].rollouts.paths()}
     write_report(output_dir, report, **paths, critic=critic)
     return report
+
+
+def _draw_episodes(task: Task, evaluation: Evaluation, path: Path) -> dict[str, dict[str, float]] | None:
+    """Draw the best, the median and the worst episode; seed and outcome of each, or None where nothing can be drawn.
+
+    Nav1D has a plot of its own.
+    """
+    if task.name.startswith("nav1d-"):
+        return None
+    drawn = {
+        which: {"seed": evaluation.records[place].seed, "outcome": float(evaluation.outcomes[place])}
+        for which, place in best_median_worst(evaluation.outcomes).items()
+    }
+    try:
+        replays = replay(task, evaluation.rollouts, [int(row["seed"]) for row in drawn.values()], max_frames=6)
+    except Exception as error:  # graphics libraries fail in ways of their own, and a picture is worth no run
+        _say(f"episodes are not drawn: {type(error).__name__}: {error}")
+        return None
+    labels = [f"{which}: {row['outcome']:.2f}, seed {row['seed']}" for which, row in drawn.items()]
+    plots.plot_frames({label: seen.frames for label, seen in zip(labels, replays, strict=True)}, path)
+    return drawn
+
+
+def save_videos(
+    task: Task, pipeline: Any, controller: str, evaluation: Evaluation, folder: Path, **options: Any
+) -> dict[str, Path]:
+    """Write videos of the best, the median and the worst episode of an evaluation.
+
+    Episodes that the evaluation has found in a cache are run again with their batch.
+
+    Args:
+        task: the task; likewise `pipeline` and `controller`.
+        evaluation: of consecutive seeds.
+        folder: where the videos go.
+        options: that the evaluation was made with, see `evaluate_on_task`.
+
+    Returns:
+        By "best", "median" and "worst" the file.
+
+    Raises:
+        ImportError: the environment's extra is not installed.
+        ValueError: see `dmc_hub.replay.replay`.
+    """
+    first, count = options["first_seed"], options["num_episodes"]
+    num_envs = num_side_by_side(task, count, options.get("num_workers", 0))
+    files = {}
+    for which, place in best_median_worst(evaluation.outcomes).items():
+        seed, steps = evaluation.records[place].seed, evaluation.steps
+        if steps is None or seed not in steps.seeds:
+            [batch] = [batch for batch in batches_of(range(first, first + count), num_envs) if seed in batch]
+            alone = {"first_seed": batch[0], "num_episodes": len(batch), "num_envs": num_envs, "cache_dir": None}
+            steps = evaluate_on_task(task, pipeline, controller, **{**options, **alone}).rollouts
+        [seen] = replay(task, steps, [seed], max_frames=VIDEO_FRAMES)
+        files[which] = save_video(seen, folder / f"{which}-{seed}")
+    return files
 
 
 def run_environment() -> dict[str, str]:
@@ -226,6 +284,7 @@ def evaluate_on_task(
     worker_timeout: float = 60.0,
     cache_dir: Path | None = None,
     progress: bool = False,
+    num_envs: int | None = None,
 ) -> Evaluation:
     """Evaluate on `num_episodes` seeds from `first_seed` on.
 
@@ -244,9 +303,10 @@ def evaluate_on_task(
         worker_timeout: seconds that a worker has for one step.
         cache_dir: folder for the results of every batch of episodes: what is there is not run again.
         progress: whether to show a bar.
+        num_envs: environments side by side; by default what `num_side_by_side` says.
     """
     seeds = range(first_seed, first_seed + num_episodes)
-    num_envs = num_side_by_side(task, num_episodes, num_workers)
+    num_envs = num_envs or num_side_by_side(task, num_episodes, num_workers)
     options: dict[str, Any] = {
         "num_candidates": num_candidates,
         "action_selection": action_selection,
@@ -263,7 +323,7 @@ def evaluate_on_task(
         if found.keys() >= set(seeds):
             records = [found[seed] for seed in seeds]
             return summarize_records(records, failed_seeds=(), wall_seconds=0.0, steps=None, **options)
-    vector_env = make_vector_env(task, num_episodes, num_workers=num_workers, worker_timeout=worker_timeout)
+    vector_env = make_vector_env(task, num_envs, num_workers=num_workers, worker_timeout=worker_timeout)
     try:
         return evaluate(
             Agent(pipeline, num_action_steps=task.num_action_steps),

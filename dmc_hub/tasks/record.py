@@ -32,6 +32,8 @@ class Task:
         make_env: `() -> gymnasium.Env`, of flat float32 observations and actions in a bounded box (of images: a
             `gymnasium.spaces.Dict` with "state" and "image"); `reset(seed=...)` fixes the episode. An environment that
             knows success says it in `info["success"]` of every step.
+        make_render_env: `() -> gymnasium.Env`, the same environment whose `render` gives a frame for pictures and
+            videos, uint8 `(height, width, 3)`.
         make_vector: `num_envs -> VectorEnv`, where one faster than gymnasium's `SyncVectorEnv` exists.
         max_num_envs: environments side by side at most, for their memory.
         extras: extras of this package that the environment needs.
@@ -68,6 +70,7 @@ class Task:
     max_episode_steps: int
     observation_dim: int | None
     action_dim: int
+    make_render_env: Callable[[], gymnasium.Env[Any, Any]] | None = None
     make_vector: Callable[[int], VectorEnv[Any, Any, Any]] | None = None
     max_num_envs: int = 128
     extras: tuple[str, ...] = ()

@@ -88,6 +88,7 @@ REPORT: dict[str, Any] = {
         }
     ],
     "collections": [],
+    "drawn_episodes": None,
     "pipeline_folder": "pipeline",
     "wall_seconds": 12.0,
     "machine": "a machine",
