@@ -241,6 +241,24 @@ class EvaluateArguments:
     num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
     first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
+    num_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes that run one environment each, side by side; 0 runs all in this one. The number of "
+            "environments side by side is part of what an evaluation is: it changes the noise."
+        },
+    )
+    worker_timeout: float = field(default=60.0, metadata={"help": "Seconds for a step, then a worker is restarted."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps every batch of episodes: an interrupted evaluation continues, a repeated one "
+            "costs nothing."
+        },
+    )
+    videos: str | None = field(
+        default=None, metadata={"help": "Folder for videos of the best, the median and the worst episode."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -371,6 +389,14 @@ class SummarizeArguments:
 
     runs: list[str] = field(metadata={"help": "Folders of finished runs that differ in the training seed."})
     output_dir: str = field(metadata={"help": "Folder for <task>-<controller>.json, .md and .png."})
+
+
+@dataclass(kw_only=True)
+class AggregateArguments:
+    """Arguments of `dmc-hub aggregate`."""
+
+    results: list[str] = field(metadata={"help": "JSON files that `dmc-hub summarize` wrote, of different tasks."})
+    output_dir: str = field(metadata={"help": "Folder for aggregate.json, .md and .png."})
 
 
 @dataclass(kw_only=True)

@@ -18,8 +18,10 @@ REPORT_NAME = "report.json"
 PICTURES = {
     "learning_curve.png": "Return over the stages",
     "trajectories.png": "Trajectories before and after alignment",
+    "episodes.png": "The best, the median and the worst episode after alignment",
     "returns.png": "Returns before and after alignment",
     "diversity.png": "Return against the diversity of candidates",
+    "critic.png": "The critic's values against the returns that followed in the data",
 }
 MAX_REPORT_BYTES = 16 << 20
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#|!~])")

@@ -184,6 +184,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "runs of one task, one per training seed, as one table, card and plot",
             "dmc-hub summarize --runs runs/hopper-0 runs/hopper-1 --output-dir runs/hopper",
         ),
+        "aggregate": Command(
+            "dmc_hub.commands:aggregate",
+            "summaries of several tasks as one: mean, median, IQM, optimality gap, with intervals",
+            "dmc-hub aggregate --results runs/hopper/hopper-medium-planner.json --output-dir runs/aggregate",
+        ),
         "ablate-alignment": Command(
             "dmc_hub.commands:ablate_alignment",
             "each alignment method alone, in pairs, in sequence, jointly, with a cascade",

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dmc_hub import ablation, cards, checkpoint, portable, reproduction, transfer
+from dmc_hub.aggregation import aggregate_summaries
 from dmc_hub.arguments import (
     AblateAlignmentArguments,
+    AggregateArguments,
     AlignArguments,
     CardArguments,
     CascadeArguments,
@@ -31,7 +33,7 @@ from dmc_hub.arguments import (
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
-from dmc_hub.recipes import align_task, evaluate_on_task
+from dmc_hub.recipes import align_task, evaluate_on_task, save_videos
 from dmc_hub.summary import summarize_runs
 from dmc_hub.tasks import Task, describe_task, get_task
 from dmc_hub.trainers.base import DiffusionTrainer
@@ -193,6 +195,16 @@ def summarize(arguments: SummarizeArguments) -> None:
     )
 
 
+def aggregate(arguments: AggregateArguments) -> None:
+    """Aggregate the summaries of several tasks."""
+    results = aggregate_summaries([Path(path) for path in arguments.results], Path(arguments.output_dir))
+    iqm = results["aggregates"]["IQM"]
+    print(
+        f"{results['num_tasks']} tasks, IQM of the score: {iqm['before']['value']:.3f} → {iqm['after']['value']:.3f}, "
+        f"control {iqm['control']['value']:.3f}; see {Path(arguments.output_dir) / 'aggregate.md'}"
+    )
+
+
 def _command(arguments: AlignArguments) -> str:
     """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
     options = {**vars(arguments), "output_dir": f"runs/{get_task(arguments.task).name}-{arguments.controller}"}
@@ -263,22 +275,31 @@ def evaluate(arguments: EvaluateArguments) -> None:
     require_positive(arguments, "num_episodes", "num_candidates")
     if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
         raise ValueError(f"`output` {arguments.output} lies in a folder that does not exist.")
+    if arguments.videos is not None and task.make_render_env is None:
+        raise ValueError(f"`videos` cannot be made: `task` {task.name!r} has no environment that draws.")
     pipeline = _load(arguments.pipeline, arguments.adapter)
-    result = evaluate_on_task(
-        task,
-        pipeline,
-        "planner" if type(pipeline).__name__ == "DiffuserPlannerPipeline" else "policy",
-        first_seed=arguments.first_seed,
-        num_episodes=arguments.num_episodes,
-        num_candidates=arguments.num_candidates,
-        action_selection=arguments.action_selection,
-        num_inference_steps=arguments.num_inference_steps,
-        num_upsampling_passes=arguments.num_upsampling_passes,
-    )
+    controller = "planner" if type(pipeline).__name__ == "DiffuserPlannerPipeline" else "policy"
+    options: dict[str, Any] = {
+        "first_seed": arguments.first_seed,
+        "num_episodes": arguments.num_episodes,
+        "num_candidates": arguments.num_candidates,
+        "action_selection": arguments.action_selection,
+        "num_inference_steps": arguments.num_inference_steps,
+        "num_upsampling_passes": arguments.num_upsampling_passes,
+        "num_workers": arguments.num_workers,
+        "worker_timeout": arguments.worker_timeout,
+        "cache_dir": None if arguments.cache_dir is None else Path(arguments.cache_dir),
+        "progress": True,
+    }
+    result = evaluate_on_task(task, pipeline, controller, **options)
     summary = result.to_dict()
     if arguments.output is not None:
         checkpoint.save_json(Path(arguments.output), summary)
-    print(json.dumps({name: value for name, value in summary.items() if name not in ("seeds", "returns")}, indent=2))
+    long = ("seeds", "returns", "episodes")
+    print(json.dumps({name: value for name, value in summary.items() if name not in long}, indent=2))
+    if arguments.videos is not None:
+        files = save_videos(task, pipeline, controller, result, Path(arguments.videos), **options)
+        _say(f"videos: {', '.join(str(file) for file in files.values())}")
 
 
 def _train_foundation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from gymnasium.vector import VectorEnv
 from scipy.stats import bootstrap, trim_mean
 
 from dmc_hub.agent import Agent
+from dmc_hub.evaluation_cache import EpisodeRecord, EvaluationCache
 from dmc_hub.rollout import Rollouts, run_episodes
 
 COHERENCY_TOLERANCE = 0.1
@@ -60,15 +61,19 @@ class Evaluation:
 
     statistics: of `outcomes`.
     outcomes: returns or scores, float64 of shape `(num_episodes,)`.
+    records: of every episode, in the order of the seeds; those that failed are left out.
+    failed_seeds: theirs.
     candidate_diversity: see `candidate_diversity`; averaged over the visited states.
     coherency: mean of the coherency scores over the visited states, or None where none were asked for.
     wall_seconds: seconds spent running the episodes.
-    rollouts: the episodes themselves; not part of `to_dict`, which holds their seeds and returns and
-        the seeds of those that failed.
+    steps: the episodes step by step, those that were found in a cache left out; None where all were. Not part of
+        `to_dict`.
     """
 
     statistics: ReturnStatistics
     outcomes: np.ndarray
+    records: tuple[EpisodeRecord, ...]
+    failed_seeds: tuple[int, ...]
     candidate_diversity: float
     coherency: float | None
     num_candidates: int
@@ -77,15 +82,41 @@ class Evaluation:
     num_upsampling_passes: int
     generator_seed: int
     wall_seconds: float
-    rollouts: Rollouts
+    steps: Rollouts | None
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """All episodes step by step.
+
+        Raises:
+            ValueError: some were found in a cache, which holds no steps.
+        """
+        if self.steps is None or len(self.steps.seeds) < len(self.records):
+            raise ValueError("Episodes that were found in a cache have no steps: evaluate without one.")
+        return self.steps
+
+    @property
+    def returns(self) -> np.ndarray:
+        """Of every episode, float64 of shape `(num_episodes,)`."""
+        return np.array([record.episode_return for record in self.records])
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Of every episode, float64 of shape `(num_episodes,)`, where the task has a score."""
+        return _told([record.score for record in self.records])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the episodes' steps, as values that JSON can hold."""
-        values = {
-            name: value for name, value in vars(self).items() if name not in ("rollouts", "statistics", "outcomes")
+        left_out = ("steps", "statistics", "outcomes", "records", "failed_seeds")
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
+        return {
+            **values,
+            "statistics": self.statistics.to_dict(),
+            "seeds": [record.seed for record in self.records],
+            "returns": [record.episode_return for record in self.records],
+            "failed_seeds": list(self.failed_seeds),
+            "episodes": [asdict(record) for record in self.records],
         }
-        rollouts = {name: getattr(self.rollouts, name).tolist() for name in ("seeds", "returns", "failed_seeds")}
-        return {**values, "statistics": self.statistics.to_dict(), **rollouts}
 
 
 def return_statistics(
@@ -273,6 +304,7 @@ def evaluate(
     num_inference_steps: int | None = None,
     num_upsampling_passes: int = 0,
     generator_seed: int = 0,
+    cache: EvaluationCache | None = None,
     optimal_return: float | None = None,
     coherency: CoherencyScores | None = None,
     success: str | None = None,
@@ -281,6 +313,12 @@ def evaluate(
     progress: bool = False,
 ) -> Evaluation:
     """Run one episode per seed with a pipeline and summarise them.
+
+    Episodes run in batches, as many consecutive seeds as there are environments, and all that a batch draws comes from
+    a generator of its own, seeded by `batch_generator_seed`. So the figures of a seed depend on its batch and on the
+    number of environments, but neither on other batches nor on whether the environments are in worker processes; and
+    what is read from a cache is what would be run. Only an episode whose environment failed is run beside others than
+    usual when it is repeated.
 
     Args:
         pipeline: a pipeline, or an `Agent` around one, which is reset when episodes start. It is called with
@@ -292,7 +330,8 @@ def evaluate(
         action_selection: `"greedy"`, `"expectation"` or `"softmax"`.
         num_inference_steps: denoising steps; None for the pipeline's own number.
         num_upsampling_passes: passes through the pipeline's up-sampler; 0, and the pipeline need not know the keyword.
-        generator_seed: seed of the one `torch.Generator` that all calls draw from.
+        generator_seed: part of every batch's seed of its noise.
+        cache: of batches, read and written; None runs everything.
         optimal_return: the known optimum, for `share_of_optimum`.
         coherency: maps observations `(num_envs, observation_dim)` and the pipeline's output to scores
             `(num_envs, ...)`, NaN where nothing counts; see `planner_coherency_scores`,
@@ -301,52 +340,167 @@ def evaluate(
         score: `Rollouts -> scores (num_episodes,)`, for `normalized_score`.
         objective: of what the statistics are: the returns, or the scores.
         progress: whether to show a bar.
+
+    Raises:
+        ValueError: `seeds` is empty or has a seed twice; see also `dmc_hub.rollout.run_episodes`.
+        RuntimeError: all episodes had to be given up.
     """
     if objective == "score" and score is None:
         raise ValueError("`objective` 'score' needs `score`: a function of the rollouts.")
+    batches = batches_of(seeds, vector_env.num_envs)
+    records = cached_records(cache, batches)
+    missing = [seed for batch in batches if batch[0] not in records for seed in batch]
+    options = {
+        "num_candidates": num_candidates,
+        "action_selection": action_selection,
+        "num_inference_steps": num_inference_steps,
+    }
     cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
-    diversity: list[np.ndarray] = []
-    scores: list[np.ndarray] = []
+    watched = _Watched(pipeline, {**options, **cascade}, coherency)
+    generator = torch.Generator()
 
-    def controller(observations: np.ndarray, generator: torch.Generator | None) -> np.ndarray:
-        output = pipeline(
-            observations,
-            num_candidates=num_candidates,
-            action_selection=action_selection,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            **cascade,
-        )
-        diversity.append(candidate_diversity_scores(output.candidates))
-        if coherency is not None:
-            scores.append(coherency(observations, output))
-        return output.action
+    def on_reset(batch: list[int]) -> None:
+        generator.manual_seed(batch_generator_seed(generator_seed, batch[0]))
+        watched.reset()
 
-    generator = torch.Generator().manual_seed(generator_seed)
+    def on_batch(rollouts: Rollouts) -> None:
+        successes = None if success is None else rollouts.succeeded(success)
+        new = watched.records(rollouts, successes, None if score is None else score(rollouts))
+        records.update(new)
+        for batch in batches:
+            if cache is not None and not new.keys().isdisjoint(batch) and records.keys() >= set(batch):
+                cache.write([records[seed] for seed in batch])
+
     started = time.perf_counter()
-    on_reset = pipeline.reset if isinstance(pipeline, Agent) else None
-    rollouts = run_episodes(
-        controller, vector_env, seeds=seeds, generator=generator, on_reset=on_reset, progress=progress
+    steps = None
+    if missing:
+        steps = run_episodes(
+            watched.act,
+            vector_env,
+            seeds=missing,
+            generator=generator,
+            on_reset=on_reset,
+            on_batch=on_batch,
+            progress=progress,
+        )
+    return summarize_records(
+        [records[seed] for seed in seeds if seed in records],
+        optimal_return=optimal_return,
+        objective=objective,
+        failed_seeds=tuple(seed for seed in seeds if seed not in records),
+        num_upsampling_passes=num_upsampling_passes,
+        generator_seed=generator_seed,
+        wall_seconds=time.perf_counter() - started,
+        steps=steps,
+        **options,
     )
-    wall_seconds = time.perf_counter() - started
-    visited = rollouts.visited
-    normalized = None if score is None else score(rollouts)
-    outcomes = rollouts.returns if objective == "return" or normalized is None else normalized
+
+
+def batches_of(seeds: Sequence[int], num_envs: int) -> list[list[int]]:
+    """The seeds in batches that run side by side.
+
+    Raises:
+        ValueError: there are none, or one is there twice.
+    """
+    plain = [int(seed) for seed in seeds]
+    if not plain:
+        raise ValueError("`seeds` is empty: pass one seed per episode.")
+    if len(set(plain)) < len(plain):
+        raise ValueError(f"`seeds` has a seed twice: {sorted({s for s in plain if plain.count(s) > 1})}.")
+    return [plain[start : start + num_envs] for start in range(0, len(plain), num_envs)]
+
+
+def batch_generator_seed(generator_seed: int, first_seed: int) -> int:
+    """The seed of the noise of a batch of episodes, a 63-bit number made of the batch's first seed."""
+    return int(np.random.SeedSequence([generator_seed, first_seed]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def cached_records(cache: EvaluationCache | None, batches: Sequence[Sequence[int]]) -> dict[int, EpisodeRecord]:
+    """By seed, the records of the batches that the cache holds."""
+    found = [] if cache is None else [cache.read(batch) or [] for batch in batches]
+    return {record.seed: record for records in found for record in records}
+
+
+def summarize_records(
+    records: Sequence[EpisodeRecord],
+    *,
+    optimal_return: float | None = None,
+    objective: Literal["return", "score"] = "return",
+    **facts: Any,
+) -> Evaluation:
+    """The evaluation that the records of its episodes make.
+
+    Args:
+        records: in the order of the seeds.
+        optimal_return: see `evaluate`; likewise `objective`.
+        facts: the other fields of `Evaluation`.
+    """
+    returns = np.array([record.episode_return for record in records])
+    scores = _told([record.score for record in records])
+    weights = np.array([record.num_coherency for record in records], dtype=np.float64)
+    coherency = np.array([0.0 if record.coherency is None else record.coherency for record in records])
+    outcomes = returns if objective == "return" or scores is None else scores
     return Evaluation(
         statistics=return_statistics(
             outcomes,
             optimal_return=optimal_return,
-            successes=None if success is None else rollouts.succeeded(success),
-            scores=normalized,
+            successes=_told([record.success for record in records]),
+            scores=scores,
         ),
         outcomes=outcomes,
-        candidate_diversity=float(np.stack(diversity)[visited].mean()),
-        coherency=None if coherency is None else _mean_that_counts(np.stack(scores)[visited]),
-        num_candidates=num_candidates,
-        action_selection=action_selection,
-        num_inference_steps=num_inference_steps,
-        num_upsampling_passes=num_upsampling_passes,
-        generator_seed=generator_seed,
-        wall_seconds=wall_seconds,
-        rollouts=rollouts,
+        records=tuple(records),
+        candidate_diversity=float(
+            np.average([record.diversity for record in records], weights=[record.length for record in records])
+        ),
+        coherency=float(np.average(coherency, weights=weights)) if weights.any() else None,
+        **facts,
     )
+
+
+def _told(values: Sequence[float | None]) -> np.ndarray | None:
+    return None if any(value is None for value in values) else np.array(values, dtype=np.float64)
+
+
+class _Watched:
+    """A pipeline that acts, and what was seen of its candidates since the last reset."""
+
+    def __init__(
+        self, pipeline: Callable[..., Any], options: Mapping[str, Any], coherency: CoherencyScores | None
+    ) -> None:
+        self.pipeline, self.options, self.coherency = pipeline, options, coherency
+        self.reset()
+
+    def reset(self) -> None:
+        self._diversity: list[np.ndarray] = []
+        self._coherency: list[np.ndarray] = []
+        if isinstance(self.pipeline, Agent):
+            self.pipeline.reset()
+
+    def act(self, observations: np.ndarray, generator: torch.Generator | None) -> np.ndarray:
+        output = self.pipeline(observations, generator=generator, **self.options)
+        self._diversity.append(candidate_diversity_scores(output.candidates))
+        if self.coherency is not None:
+            self._coherency.append(np.asarray(self.coherency(observations, output), dtype=np.float64))
+        return output.action
+
+    def records(
+        self, rollouts: Rollouts, successes: np.ndarray | None, scores: np.ndarray | None
+    ) -> dict[int, EpisodeRecord]:
+        """By seed, the records of the episodes since the last reset, whose steps are given."""
+        places = np.flatnonzero(rollouts.visited.any(axis=0))  # of the environments whose episodes they are
+        found = {}
+        for index, (seed, place) in enumerate(zip(rollouts.seeds.tolist(), places, strict=True)):
+            seen = rollouts.visited[:, place]
+            counted = np.stack(self._coherency)[seen, place] if self._coherency else np.zeros(0)
+            counted = counted[~np.isnan(counted)]
+            found[seed] = EpisodeRecord(
+                seed=seed,
+                episode_return=float(rollouts.returns[index]),
+                length=int(rollouts.lengths[index]),
+                diversity=float(np.stack(self._diversity)[seen, place].mean()),
+                coherency=float(counted.mean()) if counted.size else None,
+                num_coherency=int(counted.size),
+                success=None if successes is None else bool(successes[index]),
+                score=None if scores is None else float(scores[index]),
+            )
+        return found

@@ -235,6 +235,73 @@ def plot_curves(
     _save(figure, path)
 
 
+def plot_critic(returns_to_go: np.ndarray, values: np.ndarray, path: str | os.PathLike[str]) -> None:
+    """Values of the data's steps over the return that followed, the more steps the darker, and where both are equal.
+
+    Args:
+        returns_to_go: of shape `(num_steps,)`.
+        values: of the same steps, `(num_steps,)`.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    hexagons = axes.hexbin(returns_to_go, values, gridsize=40, bins="log", mincnt=1, cmap="Blues", linewidths=0.2)
+    low, high = min(returns_to_go.min(), values.min()), max(returns_to_go.max(), values.max())
+    axes.plot([low, high], [low, high], color="black", linewidth=1, linestyle="--", label="equal")
+    figure.colorbar(hexagons, ax=axes, label="steps")
+    axes.set(xlabel="discounted return-to-go", ylabel="min(Q1, Q2)")
+    axes.legend(frameon=False, fontsize=8)
+    _hide_spines(axes)
+    _save(figure, path)
+
+
+def plot_intervals(
+    estimates: Mapping[str, Mapping[str, Mapping[str, float]]],
+    labels: Mapping[str, str],
+    path: str | os.PathLike[str],
+) -> None:
+    """Point estimates with their intervals, a panel per aggregate and a bar per setting, as rliable draws them.
+
+    Args:
+        estimates: by aggregate and setting, `value`, `low` and `high`.
+        labels: by setting, from the top.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(3.0 + 2.1 * len(estimates), 0.9 + 0.4 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(estimates), sharey=True, squeeze=False)[0]
+    y = np.arange(len(labels))[::-1]
+    for axes, (name, entries) in zip(panels, estimates.items(), strict=True):
+        low, value, high = (np.array([entries[s][key] for s in labels]) for key in ("low", "value", "high"))
+        colors = [AFTER_COLOR if "after" in setting else BEFORE_COLOR for setting in labels]
+        axes.use_sticky_edges = False
+        axes.barh(y, high - low, left=low, height=0.6, color=colors, alpha=0.6)
+        axes.vlines(value, y - 0.3, y + 0.3, color="black", linewidth=1.6)
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks(y, list(labels.values()), fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        _hide_spines(axes)
+    _save(figure, path)
+
+
+def plot_frames(rows: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Frames of episodes from left to right, a row per episode.
+
+    Args:
+        rows: by label, frames of shape `(num_frames, height, width, 3)`, uint8.
+        path: the PNG file to write.
+    """
+    count = max(len(frames) for frames in rows.values())
+    figure = Figure(figsize=(1.7 * count, 1.95 * len(rows)), layout="constrained")
+    for strip, (label, frames) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        strip.suptitle(label, fontsize=9, x=0.01, ha="left")
+        panels = strip.subplots(1, count, squeeze=False)[0]
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, frame in zip(panels, frames):
+            axes.imshow(frame)
+    _save(figure, path)
+
+
 def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Learning curves of every variant, one panel per controller; a line per seed.
 

@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 
 from dmc_hub import cards, checkpoint, plots
+from dmc_hub.critic_diagnostics import CriticDiagnostics
 
 
-def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.ndarray, paths_after: np.ndarray) -> None:
+def write_report(
+    folder: Path,
+    report: Mapping[str, Any],
+    *,
+    paths_before: np.ndarray,
+    paths_after: np.ndarray,
+    critic: CriticDiagnostics,
+) -> None:
     """Write report.json, report.md, the plots, and the model card as README.md; report.json last.
 
     Args:
@@ -20,6 +28,7 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
         report: JSON-ready; see `dmc_hub.recipes.align_task`.
         paths_before: observations visited by the evaluated episodes, `(episodes, steps + 1, observation_dim)`.
         paths_after: the same after alignment.
+        critic: its values and the data's returns.
     """
     main = report["evaluations"][report["main_evaluation"]]
     stages = [{**row, "label": _label(row)} for row in report["stages"]]
@@ -32,6 +41,7 @@ def write_report(folder: Path, report: Mapping[str, Any], *, paths_before: np.nd
     plots.plot_return_histogram(
         np.asarray(main["returns_before"]), np.asarray(main["returns_after"]), folder / "returns.png"
     )
+    plots.plot_critic(critic.returns_to_go, critic.q, folder / "critic.png")
     checkpoint.write_text(folder / "report.md", cards.render("report.md.jinja", report))
     checkpoint.write_text(folder / "README.md", cards.adapter_card(report, pictures=list(cards.pictures_in(folder))))
     checkpoint.write_text(folder / cards.REPORT_NAME, json.dumps(report, indent=2) + "\n")

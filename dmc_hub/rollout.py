@@ -127,7 +127,8 @@ def run_episodes(
     *,
     seeds: Sequence[int],
     generator: torch.Generator | None = None,
-    on_reset: Callable[[], None] | None = None,
+    on_reset: Callable[[list[int]], None] | None = None,
+    on_batch: Callable[[Rollouts], None] | None = None,
     record_images: bool = False,
     progress: bool = False,
 ) -> Rollouts:
@@ -147,7 +148,8 @@ def run_episodes(
             observation is a `Dict` of such a `state` and of a uint8 `Box` for each camera.
         seeds: one seed per episode, given to the environment that runs it.
         generator: passed on to the controller at every step.
-        on_reset: called whenever episodes start in all environments, for controllers that remember.
+        on_reset: called with their seeds whenever episodes start in all environments, for controllers that remember.
+        on_batch: called with what these episodes were when all of them are over, those that failed left out.
         record_images: keep what the cameras saw, for `Rollouts.to_episodes`; observations are the state either way.
         progress: whether to show a bar that counts finished episodes.
 
@@ -168,11 +170,10 @@ def run_episodes(
     with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
         while todo:
             chunk, todo = todo[: vector_env.num_envs], todo[vector_env.num_envs :]
+            batch_seeds = [int(seeds[i]) for i in chunk]
             if on_reset is not None:
-                on_reset()
-            batch, failed = _run_batch(
-                controller, vector_env, [seeds[i] for i in chunk], generator, bar, record_images=record_images
-            )
+                on_reset(batch_seeds)
+            batch, failed = _run_batch(controller, vector_env, batch_seeds, generator, bar, record_images=record_images)
             for place, index in enumerate(chunk):
                 num_failures[index] += int(failed[place])
                 if not failed[place]:
@@ -182,6 +183,9 @@ def run_episodes(
             if batch.steps:
                 steps = [step._replace(valid=step.valid & ~failed) for step in batch.steps]
                 batches.append(_Batch(steps, batch.images))
+            places = [place for place in range(len(chunk)) if not failed[place]]
+            if on_batch is not None and places:
+                on_batch(_collect(batches[-1:], places, [batch_seeds[place] for place in places], []))
     given_up = [int(seed) for index, seed in enumerate(seeds) if index not in column_of]
     _report_failures(vector_env, given_up, len(seeds))
     kept = sorted(column_of)

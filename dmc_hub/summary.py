@@ -15,7 +15,17 @@ from dmc_hub.evaluation import return_statistics
 from dmc_hub.recipes import run_environment
 from dmc_hub.report import learning_curve
 
-_SAME = ("task", "controller", "sampler", "metric", "num_candidates", "episodes", "seeds", "training_scale")
+_SAME = (
+    "task",
+    "controller",
+    "sampler",
+    "metric",
+    "score_name",
+    "num_candidates",
+    "episodes",
+    "seeds",
+    "training_scale",
+)
 
 
 def summarize_runs(runs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
@@ -64,6 +74,11 @@ def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "return_before_ci": before["ci"],
         "return_after": after["mean"],
         "return_after_ci": after["ci"],
+        "returns_before": before["returns"],
+        "returns_after": after["returns"],
+        "scores_before": before["scores"],
+        "scores_after": after["scores"],
+        "score_name": first.get("score_name"),
         "std_before": before["std"],
         "std_after": after["std"],
         "gain": after["mean"] / before["mean"] - 1 if before["mean"] > 0 else None,
@@ -103,6 +118,14 @@ def _pooled(reports: Sequence[Mapping[str, Any]], num_candidates: int) -> dict[s
 def _statistics(rows: Sequence[Mapping[str, Any]], when: str) -> dict[str, Any]:
     statistics = return_statistics(np.concatenate([row[f"returns_{when}"] for row in rows]))
 
+    def by_seed(name: str) -> list[list[float]] | None:
+        lists: list[Any] = [row.get(f"{name}_{when}") for row in rows]
+        return (
+            None
+            if any(values is None for values in lists)
+            else [[float(f"{value:.7g}") for value in values] for values in lists]
+        )
+
     def mean(name: str) -> float | None:
         values = [row[when][name] for row in rows]
         return None if None in values else float(np.mean(values))
@@ -112,6 +135,8 @@ def _statistics(rows: Sequence[Mapping[str, Any]], when: str) -> dict[str, Any]:
         "std": statistics.std,
         "ci": [statistics.mean_ci_low, statistics.mean_ci_high],
         "by_seed": [row[when]["mean"] for row in rows],
+        "returns": by_seed("returns"),
+        "scores": by_seed("scores"),
         "success_rate": mean("success_rate"),
         "normalized_score": mean("normalized_score"),
     }
@@ -120,13 +145,24 @@ def _statistics(rows: Sequence[Mapping[str, Any]], when: str) -> dict[str, Any]:
 def _card(summary: Mapping[str, Any], picture: str) -> str:
     control = summary["best_of_n_control"]
     after = summary["best_of_n_after"]
+    best = f"best of {control['num_candidates']} by the critic"
     rows = [
         ("one candidate", _entry(summary, "before"), _entry(summary, "after")),
-        (f"best of {control['num_candidates']} by the critic", _entry(control), _entry(after)),
+        (best, _entry(control), _entry(after)),
     ]
-    for name, label in (("success", "success rate"), ("normalized_score", "normalised score")):
-        if summary[f"{name}_after"] is not None:
-            rows.append((label, f"{summary[f'{name}_before']:.2f}", f"{summary[f'{name}_after']:.2f}"))
+    measures = {"success_rate": "success rate", "normalized_score": summary["score_name"]}
+    if summary["score_name"] == summary["metric"]:
+        del measures["normalized_score"]
+    before, aligned = (
+        {"success_rate": summary[f"success_{when}"], "normalized_score": summary[f"normalized_score_{when}"]}
+        for when in ("before", "after")
+    )
+    for label, first, last in (("one candidate", before, aligned), (best, control, after)):
+        rows += [
+            (f"{label}: {measure}", f"{first[name]:.3f}", f"{last[name]:.3f}")
+            for name, measure in measures.items()
+            if first[name] is not None
+        ]
     seeds = ", ".join(str(seed) for seed in summary["seeds"])
     return cards.results_card(
         title=f"{summary['task']}, {summary['controller']}: foundation → aligned",
@@ -134,7 +170,8 @@ def _card(summary: Mapping[str, Any], picture: str) -> str:
         f"{summary['episodes']} evaluation episodes each, on seeds that no choice was made on. ± is the standard "
         "deviation over the episodes, in brackets the 95 % bootstrap interval of the mean.",
         command=summary["command"],
-        table="\n".join(["| | before | after |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]),
+        table="\n".join(["| | before | after |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
+        + f"\n\n{_seed_table(summary, best)}",
         notes=[
             f"The second row, before, is the control: best of {control['num_candidates']} candidates of the foundation "
             "under the same critic, without alignment.",
@@ -147,6 +184,20 @@ def _card(summary: Mapping[str, Any], picture: str) -> str:
         machine=summary["machine"],
         version=run_environment()["version"],
     )
+
+
+def _seed_table(summary: Mapping[str, Any], best: str) -> str:
+    """Means of every training seed."""
+    lines = [f"| training seed | before | {best}, before | after | {best}, after |", "|---|---|---|---|---|"]
+    columns = (
+        [np.mean(returns) for returns in summary["returns_before"]],
+        summary["best_of_n_control"]["by_seed"],
+        [np.mean(returns) for returns in summary["returns_after"]],
+        summary["best_of_n_after"]["by_seed"],
+    )
+    for seed, *means in zip(summary["seeds"], *columns, strict=True):
+        lines.append(f"| {seed} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    return "\n".join(lines)
 
 
 def _entry(values: Mapping[str, Any], when: str | None = None) -> str:

@@ -157,7 +157,7 @@ def _evaluate(task: Task, pipeline: Any, controller: str, seed: int) -> str:
     finally:
         vector_env.close()
     statistics = result.statistics
-    words = [f"return {statistics.mean:.2f} in {result.rollouts.lengths[0]} steps"]
+    words = [f"return {statistics.mean:.2f} in {result.records[0].length} steps"]
     if statistics.normalized_score is not None:
         words.append(f"{task.score_name} {statistics.normalized_score:.2f}")
     return ", ".join(words)

@@ -44,9 +44,14 @@ def test_a_run_leaves_a_report_plots_a_card_and_the_parts(run: Path) -> None:
     assert report["return_optimal"] == pytest.approx(7.3788, abs=1e-3)
     assert set(report["seeds"]).isdisjoint(report["validation_seeds"])
     assert report["return_after"] == pytest.approx(np.mean(report["evaluations"][1]["returns_after"]))
-    for name in ("learning_curve.png", "diversity.png", "trajectories.png", "returns.png"):
+    for name in ("learning_curve.png", "diversity.png", "trajectories.png", "returns.png", "critic.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
         assert name in (run / "report.md").read_text()
+    critic, row = report["critic"], report["evaluations"][1]
+    assert critic["num_steps"] == 4096
+    assert (critic["discount"], critic["expectile"], critic["bootstrapped_weight"]) == (1.0, 0.99, 0.0)
+    assert -1 <= critic["q_spearman"] <= 1
+    np.testing.assert_allclose(np.array(row["returns_after"]) / report["return_optimal"], row["scores_after"])
     card = (run / "README.md").read_text()
     assert card.startswith("---\n")
     assert f"{report['return_after']:.2f}" in card

@@ -23,6 +23,9 @@ def report(seed: int) -> dict[str, Any]:
 
         chosen = {"action_selection": "greedy", "num_candidates": count, "num_upsampling_passes": 0}
         returns = {"returns_before": before, "returns_after": after}
+        returns |= {
+            f"scores_{when}": [value / 10 for value in returns[f"returns_{when}"]] for when in ("before", "after")
+        }
         return {**chosen, **returns, "before": statistics(before), "after": statistics(after)}
 
     before, after, best_before, best_after = RETURNS[seed]
@@ -34,6 +37,7 @@ def report(seed: int) -> dict[str, Any]:
         "controller": "policy",
         "sampler": "ddpm",
         "metric": "return",
+        "score_name": None,
         "methods": "1 × (sft)",
         "command": f"dmc-hub align --task nav1d-full --seed {seed}",
         "base_fingerprint": "0" * 64,
@@ -75,10 +79,15 @@ def test_the_episodes_of_all_seeds_are_pooled(tmp_path: Path) -> None:
     assert (summary["best_of_n_control"]["mean"], summary["best_of_n_after"]["mean"]) == (3.0, 7.0)
     assert summary["best_of_n_after"]["by_seed"] == [7.0, 7.0]
     assert (summary["success_after"], summary["normalized_score_after"]) == (0.25, None)
+    assert summary["returns_before"] == [[1.0, 3.0], [2.0, 2.0]]
+    assert summary["scores_after"] == [[0.4, 0.6], [0.5, 0.5]]
+    assert summary["best_of_n_control"]["returns"] == [[2.0, 4.0], [3.0, 3.0]]
     assert summary["command"] == "dmc-hub align --task nav1d-full"
     assert (tmp_path / "nav1d-full-policy.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "nav1d-full-policy.md").read_text()
     assert "| one candidate | 2.00 ± 0.71 [" in card
+    assert "| one candidate: success rate | 0.250 | 0.250 |\n| best of 8 by the critic: success rate | 0.250 |" in card
+    assert "| 0 | 2.00 | 3.00 | 5.00 | 7.00 |\n| 1 | 2.00 | 3.00 | 5.00 | 7.00 |" in card
     assert ModelCard(card).data.get("license") == "apache-2.0"
 
 

@@ -215,7 +215,7 @@ class OnlineCollector:
                 environments,
                 seeds=range(first, first + self.config.num_episodes),
                 generator=torch.Generator().manual_seed(hash_seed("collect", self.seed, stage)),
-                on_reset=agent.reset,
+                on_reset=lambda _: agent.reset(),
                 record_images=self.pipeline.components.get("vision_encoder") is not None,
             )
         finally:

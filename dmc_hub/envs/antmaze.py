@@ -33,12 +33,13 @@ class AntMazeEnv(FlatEnv):
 
     Args:
         maze: "medium" or "large".
+        render_mode: "rgb_array", or None for an environment that does not draw.
 
     Raises:
         ImportError: gymnasium-robotics is not installed.
     """
 
-    def __init__(self, maze: str) -> None:
+    def __init__(self, maze: str, render_mode: str | None = None) -> None:
         require("gymnasium_robotics", "robotics")
         maps = require("gymnasium_robotics.envs.maze.maps", "robotics")
         name, start, goal = MAZES[maze]
@@ -50,6 +51,7 @@ class AntMazeEnv(FlatEnv):
                 maze_map=cells[::-1],
                 continuing_task=False,
                 reset_target=False,
+                render_mode=render_mode,
             )
         )
         inner: Any = self.env.unwrapped

@@ -45,14 +45,16 @@ class KitchenEnv(FlatEnv):
 
     Args:
         kind: one of `SUBTASKS`.
+        render_mode: "rgb_array", or None for an environment that does not draw.
 
     Raises:
         ImportError: gymnasium-robotics is not installed.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, render_mode: str | None = None) -> None:
         require("gymnasium_robotics", "robotics")
-        super().__init__(make_quietly("FrankaKitchen-v1", tasks_to_complete=list(SUBTASKS[kind])))
+        tasks = list(SUBTASKS[kind])
+        super().__init__(make_quietly("FrankaKitchen-v1", tasks_to_complete=tasks, render_mode=render_mode))
         elements: Any = require("gymnasium_robotics.envs.franka_kitchen.kitchen_env", "robotics")
         self._goal = _goal(elements, SUBTASKS[kind] if kind != "relay" else ())
         self.observation_space = spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)

@@ -6,7 +6,7 @@ from dmc_hub.envs.extras import require
 from dmc_hub.envs.flat import FlatEnv, make_quietly
 
 
-def make_locomotion(name: str) -> FlatEnv:
+def make_locomotion(name: str, render_mode: str | None = None) -> FlatEnv:
     """`{name}-v4` of Gymnasium.
 
     v5 drops the reward of an unhealthy episode's last step and changes Walker2d's friction: policies and scores of
@@ -18,9 +18,10 @@ def make_locomotion(name: str) -> FlatEnv:
 
     Args:
         name: "HalfCheetah", "Hopper" or "Walker2d".
+        render_mode: "rgb_array", or None for an environment that does not draw.
 
     Raises:
         ImportError: MuJoCo is not installed.
     """
     require("mujoco", "mujoco")
-    return FlatEnv(make_quietly(f"{name}-v4"))
+    return FlatEnv(make_quietly(f"{name}-v4", render_mode=render_mode))

@@ -33,20 +33,21 @@ class MetaWorldEnv(FlatEnv):
 
     Args:
         name: MetaWorld's name without its version, such as "button-press".
+        render_mode: "rgb_array", or None for an environment that does not draw.
 
     Raises:
         ImportError: metaworld is not installed.
         ValueError: MetaWorld has no such task.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, render_mode: str | None = None) -> None:
         require("metaworld", "robotics")
         benchmark = _benchmark(f"{name}-v3")
         (env_class,) = benchmark.train_classes.values()
         self._goals = benchmark.train_tasks
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            env = env_class()
+            env = env_class(render_mode=render_mode)
         env.set_task(self._goals[0])
         self._sawyer = env
         super().__init__(gymnasium.wrappers.TimeLimit(env, MAX_EPISODE_STEPS))

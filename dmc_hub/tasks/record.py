@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from dmc_hub.data import Episodes, load_episodes
 from dmc_hub.data.readers import detect_format
+from dmc_hub.envs.workers import RestartingVectorEnv
 
 if TYPE_CHECKING:
     from dmc_hub.rollout import Rollouts
@@ -32,6 +33,8 @@ class Task:
         make_env: `() -> gymnasium.Env`, of flat float32 observations and actions in a bounded box (of images: a
             `gymnasium.spaces.Dict` with "state" and "image"); `reset(seed=...)` fixes the episode. An environment that
             knows success says it in `info["success"]` of every step.
+        make_render_env: `() -> gymnasium.Env`, the same environment whose `render` gives a frame for pictures and
+            videos, uint8 `(height, width, 3)`.
         make_vector: `num_envs -> VectorEnv`, where one faster than gymnasium's `SyncVectorEnv` exists.
         max_num_envs: environments side by side at most, for their memory.
         extras: extras of this package that the environment needs.
@@ -44,6 +47,7 @@ class Task:
         success: when an episode counts as a success: at "any step", at its "last step", or not defined.
         score: `Rollouts -> scores (num_episodes,)` on the scale of the published tables.
         score_name: what that score is.
+        expert_score: the score of an expert, such as D4RL's 100.
         objective: what counts in alignment and reports: an episode's "return", or its "score", where more return is not
             better (an environment that ends with success).
         reader: name of the format that people have data of this task in; see `dmc_hub.data.readers`.
@@ -69,6 +73,7 @@ class Task:
     max_episode_steps: int
     observation_dim: int | None
     action_dim: int
+    make_render_env: Callable[[], gymnasium.Env[Any, Any]] | None = None
     make_vector: Callable[[int], VectorEnv[Any, Any, Any]] | None = None
     max_num_envs: int = 128
     extras: tuple[str, ...] = ()
@@ -76,6 +81,7 @@ class Task:
     success: Literal["any step", "last step"] | None = None
     score: Callable[[Rollouts], np.ndarray] | None = None
     score_name: str | None = None
+    expert_score: float = 1.0
     objective: Literal["return", "score"] = "return"
     reader: str | None = None
     reader_options: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +147,20 @@ class Task:
             images={name: known[key] for name, key in keys.items()},
         )
 
+    def normalized_scores(self, returns: np.ndarray, scores: np.ndarray | None) -> np.ndarray | None:
+        """Results of episodes on a scale that tasks share: 1 is an expert's score or, without a score, the optimum.
+
+        Args:
+            returns: of shape `(num_episodes,)`.
+            scores: what `score` gives, likewise; None where the task has none.
+
+        Returns:
+            Float64 of shape `(num_episodes,)`; None where neither expert nor optimum is known.
+        """
+        if scores is not None:
+            return np.asarray(scores, dtype=np.float64) / self.expert_score
+        return None if self.optimal_return is None else np.asarray(returns, dtype=np.float64) / self.optimal_return()
+
     def dataset(self, seed: int) -> datasets.Dataset:
         """Data made on the spot.
 
@@ -153,16 +173,33 @@ class Task:
         return self.make_dataset(seed)
 
 
-def make_vector_env(task: Task, num_envs: int) -> VectorEnv[Any, Any, Any]:
-    """The task's environments side by side in this process, `task.max_num_envs` at most, with autoreset NEXT_STEP.
+def num_side_by_side(task: Task, num_episodes: int, num_workers: int = 0) -> int:
+    """How many environments run so many episodes: one per worker, else as many as the task allows in one process."""
+    if num_workers < 0:
+        raise ValueError(f"`num_workers` must not be negative, got {num_workers}.")
+    return min(num_episodes, num_workers or task.max_num_envs)
+
+
+def make_vector_env(
+    task: Task, num_envs: int, *, num_workers: int = 0, worker_timeout: float = 60.0
+) -> VectorEnv[Any, Any, Any]:
+    """The task's environments side by side, `num_side_by_side` of them, with autoreset NEXT_STEP.
+
+    Args:
+        task: whose environments.
+        num_envs: how many are asked for.
+        num_workers: processes that run one environment each and are restarted if they fail; 0 runs all in this one.
+        worker_timeout: seconds that a worker has for one step.
 
     Raises:
         ImportError: the environment's extra is not installed.
-        ValueError: `num_envs` is not positive.
+        ValueError: `num_envs` is not positive, `num_workers` is negative, or `worker_timeout` is not positive.
     """
     if num_envs < 1:
         raise ValueError(f"`num_envs` must be at least 1, got {num_envs}.")
-    count = min(num_envs, task.max_num_envs)
+    count = num_side_by_side(task, num_envs, num_workers)
+    if num_workers:
+        return RestartingVectorEnv([task.make_env] * count, timeout=worker_timeout)
     if task.make_vector is not None:
         return task.make_vector(count)
     return SyncVectorEnv([task.make_env] * count, autoreset_mode=AutoresetMode.NEXT_STEP)

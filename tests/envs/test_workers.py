@@ -100,14 +100,14 @@ def test_a_worker_that_fails_is_restarted_and_its_episode_repeated(
     message = (
         rf"^Worker 1 of <Fragile.* failed at step {step} of the episode with seed 4: {reason}\. It is restarted\.$"
     )
-    resets: list[None] = []
+    resets: list[list[int]] = []
     with pytest.warns(WorkerFailureWarning, match=message):
-        rollouts = run_episodes(halve, environments, seeds=range(3, 10), on_reset=lambda: resets.append(None))
+        rollouts = run_episodes(halve, environments, seeds=range(3, 10), on_reset=resets.append)
     after = [process.pid for process in environments.processes]
     environments.close()
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
     assert_same_episodes(rollouts, healthy(range(3, 10)))
-    assert len(resets) == 3  # 3, 4, 5; then 6, 7, 8; then 9 and again 4
+    assert resets == [[3, 4, 5], [6, 7, 8], [9, 4]]
     assert len(rollouts.failed_seeds) == 0
     # 7 episodes and the repetition, of which every call counts once
     assert rollouts.visited.sum() == rollouts.lengths.sum()

@@ -16,13 +16,18 @@ from dmc_hub import cards
 from dmc_hub.cards import PICTURES, adapter_card, eval_results, pipeline_card, read_report, render
 
 
+def statistics(mean: float, std: float) -> dict[str, Any]:
+    told = {"share_of_optimum": mean / 7.38, "success_rate": None, "normalized_score": None}
+    return {"mean": mean, "std": std, **told}
+
+
 def evaluation(num_candidates: int, before: tuple[float, float], after: tuple[float, float]) -> dict[str, Any]:
     return {
         "action_selection": "greedy",
         "num_candidates": num_candidates,
         "num_upsampling_passes": 0,
-        "before": {"mean": before[0], "std": before[1], "share_of_optimum": before[0] / 7.38},
-        "after": {"mean": after[0], "std": after[1], "share_of_optimum": after[0] / 7.38},
+        "before": statistics(*before),
+        "after": statistics(*after),
         "coherency_before": 0.9,
         "coherency_after": 0.8,
         "diversity_before": 0.5,
@@ -32,6 +37,25 @@ def evaluation(num_candidates: int, before: tuple[float, float], after: tuple[fl
 
 REPORT: dict[str, Any] = {
     "task": "nav1d-full",
+    "metric": "return",
+    "score_name": None,
+    "critic": {
+        "num_steps": 4096,
+        "discount": 0.99,
+        "expectile": 0.7,
+        "q_spearman": 0.91,
+        "q_pearson": None,
+        "v_spearman": 0.5,
+        "v_pearson": 0.25,
+        "q_gap": 1.5,
+        "v_gap": -0.5,
+        "share_q_above_v": 0.37,
+        "fitted_expectile": 0.69,
+        "highest_return": 7.4,
+        "share_q_above_highest": 0.0125,
+        "share_v_above_highest": 0.0,
+        "bootstrapped_weight": 0.0,
+    },
     "controller": "planner",
     "methods": "1 × (nft → dpo → sft)",
     "command": "dmc-hub align --task nav1d-full",
@@ -64,6 +88,7 @@ REPORT: dict[str, Any] = {
         }
     ],
     "collections": [],
+    "drawn_episodes": None,
     "pipeline_folder": "pipeline",
     "wall_seconds": 12.0,
     "machine": "a machine",
@@ -135,7 +160,7 @@ def test_without_a_report_a_card_claims_nothing() -> None:
         assert "model-index" not in metadata(card)
 
 
-TEXTS = ("task", "controller", "methods", "command", "machine")
+TEXTS = ("task", "controller", "methods", "command", "machine", "metric", "score_name")
 INJECTIONS = {
     "yaml document": "x\n---\nlicense: evil\nbase_model: evil/evil\n---\n# evil",
     "yaml key": "x\nlicense: evil",
@@ -177,7 +202,7 @@ def test_what_a_report_says_stays_text(name: str) -> None:
             assert forbidden not in prose, (forbidden, prose)
         assert not any(re.search(r"[\x00-\x09\x0b-\x1f\u202e\u2028\x85]", part) for part in (prose, *fences))
         tables = [line for line in prose.splitlines() if line.startswith("|")]
-        assert all(count_cells(line) in (2, 3, 7) for line in tables), tables
+        assert all(count_cells(line) in (2, 3, 5, 7) for line in tables), tables
 
 
 def outside_code(text: str) -> tuple[str, list[str]]:
@@ -238,3 +263,22 @@ def test_templates_of_the_package_alone_are_rendered() -> None:
     assert "{{ 6 * 7 }}" not in cards._escaped("{{ 6 * 7 }}")
     assert cards._escaped(cards.Verbatim("*")) == "*"
     assert cards._code("a`b``c") == "``` a`b``c ```"
+
+
+def test_the_report_shows_success_and_score_where_the_task_has_them() -> None:
+    plain = render("report.md.jinja", REPORT)
+    assert "| selection | candidates | return before | after | share of optimum |" in plain
+    assert "| `min(Q1, Q2)` | 0.910 |  | +1.500 | 1.2 % |" in plain
+    assert "in 37.0 % of the steps (1 - expectile: 30.0 %)" in plain
+    told = {"success_rate": 0.25, "normalized_score": 61.5}
+    rows = [{**row, **{when: {**row[when], **told} for when in ("before", "after")}} for row in REPORT["evaluations"]]
+    hopper = render("report.md.jinja", {**REPORT, "evaluations": rows, "score_name": "D4RL's score"})
+    assert "| return before | after | success before → after | D4RL's score before → after |" in hopper
+    assert hopper.count("| 25.0 % → 25.0 % | 61.50 → 61.50 |") == 2
+    push_t = {"metric": "maximal coverage", "score_name": "maximal coverage"}
+    pushed = render("report.md.jinja", {**REPORT, **push_t, "evaluations": rows})
+    assert "| maximal coverage before | after | success before → after | share of optimum |" in pushed
+    assert pushed.count("| 25.0 % → 25.0 % | 97.6 % |") == 1
+    for text in (plain, hopper, pushed):
+        table = [line for line in text.splitlines() if line.startswith("|")][:4]
+        assert len({line.count("|") for line in table}) == 1

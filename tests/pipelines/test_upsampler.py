@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmc_hub.agent import Agent
-from dmc_hub.evaluation import evaluate
+from dmc_hub.evaluation import batch_generator_seed, evaluate
 from dmc_hub.models.action_transformer import ActionTransformer
 from dmc_hub.models.conditional_unet import ConditionalUnet1D
 from dmc_hub.models.critic import TwinQCritic
@@ -312,9 +312,10 @@ def test_agent_and_evaluation_pass_the_number_of_passes_on() -> None:
     mode = gymnasium.vector.AutoresetMode.NEXT_STEP
     env = gymnasium.vector.SyncVectorEnv([Recorder], autoreset_mode=mode)
     settings: dict[str, Any] = {"seeds": [0], "num_candidates": 2, "action_selection": "greedy", "generator_seed": 3}
+    noise = batch_generator_seed(3, first_seed=0)
     for passes in (0, 1):
         result = evaluate(Agent(pipeline), env, num_upsampling_passes=passes, **settings)
-        act = pipeline(OBSERVATIONS[:1], num_candidates=2, num_upsampling_passes=passes, generator=3).action
+        act = pipeline(OBSERVATIONS[:1], num_candidates=2, num_upsampling_passes=passes, generator=noise).action
         assert result.rollouts.returns[0] == pytest.approx(act[0, 0])
         assert result.to_dict()["num_upsampling_passes"] == passes
 
