@@ -1,5 +1,6 @@
 """The table of tasks, its scores, and tasks of a user's own."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,22 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(__import__("sys").modules, "gym_pusht", None)  # as if it were not installed
     assert cli.main(["task", "check", "--task", "push-t"]) == 2
     assert 'pip install "dmc_hub[robotics]"' in capsys.readouterr().err
+
+
+def test_scores_are_normalised_to_an_experts() -> None:
+    def normalized(name: str, episodes: Rollouts) -> list[float] | None:
+        function = TASKS[name].score
+        scores = None if function is None else function(episodes)
+        found = TASKS[name].normalized_scores(episodes.returns, scores)
+        return None if found is None else [round(float(value), 6) for value in found]
+
+    assert normalized("hopper-medium", rollouts([[-20.272305], [3234.3]])) == [0, 1]
+    assert normalized("antmaze-large-play", rollouts([[0.0, 1.0]], [[False, True]])) == [1]
+    assert normalized("kitchen-mixed", rollouts([[1.0, 1.0, 1.0], [1.0] * 4])) == [0.75, 1]
+    assert normalized("relay-kitchen", rollouts([[1.0] * 4], [[False, False, False, True]])) == [1]
+    assert normalized("push-t", rollouts([[0.2, 0.5, 0.1]])) == [0.5]
+    optimum = TASKS["nav1d-full"].optimal_return
+    assert optimum is not None
+    assert normalized("nav1d-full", rollouts([[optimum() / 2] * 2])) == [1]
+    unknown = dataclasses.replace(TASKS["nav1d-full"], optimal_return=None)
+    assert unknown.normalized_scores(np.ones(2), None) is None
