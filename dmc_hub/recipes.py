@@ -148,7 +148,7 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
     if pipeline.components.get("vision_encoder") is not None:
         episodes = encode_episodes(pipeline, episodes)
-    before = _evaluations(settings, task, pipeline, "before")
+    before = _evaluations(settings, task, pipeline, "before", output_dir)
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
     _say(f"alignment: at most {settings.max_passes} × ({' → '.join(settings.methods)})")
     stages = aligner.run()
@@ -163,7 +163,7 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     changed = bool(collections or settings.num_upsampling_passes)
     if changed:
         _save_beside_adapter(pipeline, settings, output_dir)
-    after = _evaluations(settings, task, pipeline, "after")
+    after = _evaluations(settings, task, pipeline, "after", output_dir)
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
     fitted = preset.critic_config()
@@ -552,9 +552,10 @@ def _online(settings: RunSettings, online: OnlineSettings, task: Task, preset: P
     }
 
 
-def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) -> list[Evaluation]:
+def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str, output_dir: Path) -> list[Evaluation]:
     """One candidate, the best of many by the critic, for a policy the mean of many; each again through the cascade,
-    beside the foundation without one."""
+    beside the foundation without one. All but the first, whose episodes are drawn, are found again after an
+    interruption."""
     results = []
     selections = [("greedy", 1), ("greedy", settings.num_candidates)]
     if settings.controller == "policy":
@@ -570,6 +571,8 @@ def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str) ->
             num_candidates=candidates,
             action_selection=selection,
             num_upsampling_passes=passes,
+            cache_dir=output_dir / "evaluations" if results else None,
+            progress=True,
         )
         statistics, cascade = result.statistics, f", {passes} passes through the cascade" if passes else ""
         _say(f"{when}, {candidates} candidates, {selection}{cascade}: {statistics.mean:.2f} ± {statistics.std:.2f}")

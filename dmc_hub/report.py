@@ -33,7 +33,10 @@ def write_report(
     main = report["evaluations"][report["main_evaluation"]]
     stages = [{**row, "label": _label(row)} for row in report["stages"]]
     plots.plot_learning_curve(
-        stages, folder / "learning_curve.png", baseline=report["return_data"], optimum=report["return_optimal"]
+        stages,
+        folder / "learning_curve.png",
+        baseline=report["return_data"] if report["metric"] == "return" else None,
+        optimum=report["return_optimal"],
     )
     plots.plot_diversity_front(stages, folder / "diversity.png", report["min_diversity"])
     if report["task"].startswith("nav1d-"):

@@ -175,8 +175,8 @@ def _card(summary: Mapping[str, Any], picture: str) -> str:
         notes=[
             f"The second row, before, is the control: best of {control['num_candidates']} candidates of the foundation "
             "under the same critic, without alignment.",
-            f"The data ({', '.join(summary['data']) or 'made on the spot'}) earn {summary['return_data']:.2f} an "
-            "episode.",
+            f"The data ({', '.join(summary['data']) or 'made on the spot'}) earn a return of "
+            f"{summary['return_data']:.2f} an episode.",
             f"Stages of seed {summary['seeds'][0]}: " + ", ".join(f"{n} {d}" for n, d in summary["stages"]) + ".",
             "Seconds per run: " + ", ".join(f"{seconds:.0f}" for seconds in summary["wall_seconds"]) + ".",
         ],

@@ -117,7 +117,7 @@ def test_worker_processes_change_nothing(policy: DiffusionPolicyPipeline, monkey
         {"num_candidates": 3},
         {"action_selection": "softmax"},
         {"generator_seed": 1},
-        {"num_workers": 5},
+        {"num_workers": 2},
         {"num_inference_steps": 1},
     ],
 )

@@ -58,6 +58,10 @@ class AntMazeEnv(FlatEnv):
         inner.position_noise_range = 0.0
         inner.ant_env._reset_noise_scale = 0.1  # as in D4RL; gymnasium-robotics starts every episode alike
         height, width = len(cells), len(cells[0])
+        camera = inner.ant_env.mujoco_renderer  # its own camera shows the floor: look at the whole maze from above
+        camera.camera_id = -1
+        distance = CELL_SIZE * 1.25 * max(height, width)
+        camera.default_cam_config = {"lookat": np.zeros(3), "distance": distance, "elevation": -90, "azimuth": 90}
         corner = CELL_SIZE * np.array([width / 2 - 0.5, height / 2 - 0.5])
         self._origin = CELL_SIZE * np.array([start[1], start[0]]) - corner
         self.goal = CELL_SIZE * np.array([goal[1] - start[1], goal[0] - start[0]])

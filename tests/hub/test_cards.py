@@ -279,6 +279,8 @@ def test_the_report_shows_success_and_score_where_the_task_has_them() -> None:
     pushed = render("report.md.jinja", {**REPORT, **push_t, "evaluations": rows})
     assert "| maximal coverage before | after | success before → after | share of optimum |" in pushed
     assert pushed.count("| 25.0 % → 25.0 % | 97.6 % |") == 1
+    assert "The data's own episodes earn 2.20." in plain
+    assert "The data's own episodes earn a return of 2.20." in pushed  # not comparable with coverage
     for text in (plain, hopper, pushed):
         table = [line for line in text.splitlines() if line.startswith("|")][:4]
         assert len({line.count("|") for line in table}) == 1

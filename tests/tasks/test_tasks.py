@@ -209,3 +209,22 @@ def test_an_image_policy_gets_the_state_and_the_cameras_under_their_names(tmp_pa
     other = dataclasses.replace(task, cameras={"image": "wrist"})
     with pytest.raises(ValueError, match="has no images wrist: 'nav1d-full' needs them"):
         other.episodes(0, [str(tmp_path / "seen")])
+
+
+def test_scores_are_normalised_to_an_experts() -> None:
+    def normalized(name: str, episodes: Rollouts) -> list[float] | None:
+        function = TASKS[name].score
+        scores = None if function is None else function(episodes)
+        found = TASKS[name].normalized_scores(episodes.returns, scores)
+        return None if found is None else [round(float(value), 6) for value in found]
+
+    assert normalized("hopper-medium", rollouts([[-20.272305], [3234.3]])) == [0, 1]
+    assert normalized("antmaze-large-play", rollouts([[0.0, 1.0]], [[False, True]])) == [1]
+    assert normalized("kitchen-mixed", rollouts([[1.0, 1.0, 1.0], [1.0] * 4])) == [0.75, 1]
+    assert normalized("relay-kitchen", rollouts([[1.0] * 4], [[False, False, False, True]])) == [1]
+    assert normalized("push-t", rollouts([[0.2, 0.5, 0.1]])) == [0.5]
+    optimum = TASKS["nav1d-full"].optimal_return
+    assert optimum is not None
+    assert normalized("nav1d-full", rollouts([[optimum() / 2] * 2])) == [1]
+    unknown = dataclasses.replace(TASKS["nav1d-full"], optimal_return=None)
+    assert unknown.normalized_scores(np.ones(2), None) is None
