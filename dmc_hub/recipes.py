@@ -556,7 +556,7 @@ def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str, ou
     """One candidate, the best of many by the critic, for a policy the mean of many; each again through the cascade,
     beside the foundation without one. All but the first, whose episodes are drawn, are found again after an
     interruption."""
-    results = []
+    results: list[Evaluation] = []
     selections = [("greedy", 1), ("greedy", settings.num_candidates)]
     if settings.controller == "policy":
         selections.append(("expectation", settings.num_candidates))
