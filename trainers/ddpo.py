@@ -270,9 +270,9 @@ class DDPOTrainer(TruncatedTrainer):
     def _transition(
         self, inputs: dict[str, Tensor], step: int, condition: dict[str, Tensor], network: nn.Module | None = None
     ) -> GaussianTransition:
-        x_t, timestep = inputs["latents"][step], int(inputs["timesteps"][step])
+        x_t, timestep = inputs["latents"][step], inputs["timesteps"][step].item()
         output = self.pipeline.predict(x_t, timestep, condition, network)
-        return self.pipeline.scheduler.transition(output, x_t, timestep, int(inputs["next_timesteps"][step]))
+        return self.pipeline.scheduler.transition(output, x_t, timestep, inputs["next_timesteps"][step].item())
 
     def _credits(self, inputs: dict[str, Tensor]) -> Tensor:
         """`kappa_t` of every denoising step, `(N,)` or for each sample `(N, B)` (section 3.1); 0 without a density."""
