@@ -37,6 +37,8 @@ class AdaptableController:
     """
 
     adapted_component = "denoiser"
+    samples_as_trained = True
+    """Whether `sample` draws from the distribution that `predict` describes: not with another guidance."""
     denoiser: Any
     normalizer: Any
     scheduler: Any
@@ -99,18 +101,21 @@ class AdaptableController:
         return {n.replace(".base_layer.", "."): tensor for n, tensor in state.items() if ".lora_" not in n}
 
     def base_fingerprint(self) -> str:
-        """SHA-256 over what an adapter depends on: base weights, scheduler, normaliser, inverse dynamics."""
+        """SHA-256 over what an adapter depends on: base weights, scheduler, and what else shapes actions."""
         digest = hashlib.sha256()
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         digest.update(json.dumps(schedule, sort_keys=True).encode())
-        model = self.components.get("inverse_dynamics")
-        acting = {} if model is None else model.state_dict()
-        for weights in (self.base_weights(), self.normalizer.state_dict(), acting):
+        for weights in (self.base_weights(), *self._weights_that_act()):
             for name in sorted(weights):
                 tensor = weights[name].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _weights_that_act(self) -> list[dict[str, Tensor]]:
+        """Of the components besides the denoiser that an adapter depends on: normaliser, inverse dynamics."""
+        model = self.components.get("inverse_dynamics")
+        return [self.normalizer.state_dict(), {} if model is None else model.state_dict()]
 
     def save_lora_weights(self, save_directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
         """Write one adapter in the formats of peft and of diffusers.

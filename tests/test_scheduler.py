@@ -254,6 +254,7 @@ def test_eta_0_of_a_flow_is_flow_match_euler(kernel: str) -> None:
         expected = theirs.step(output, their, sample).prev_sample
         torch.testing.assert_close(ours.step(output, mine, sample).prev_sample, expected, rtol=1e-5, atol=1e-5)
 
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 4, 11])
 def test_a_shifted_flow_is_flow_match_euler(shift: float, steps: int) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.losses import denoising_loss
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import episodes_that_fit, require_transitions
+from dmc_hub.trainers.loop import require_transitions
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from dmc_hub import checkpoint
-from dmc_hub.data import Episodes
 
 
 class MicroSteps:
@@ -125,20 +124,6 @@ def freeze_all_but(
     for parameter in trainable:
         parameter.requires_grad_(True)
     return trainable
-
-
-def episodes_that_fit(pipeline: Any, data: Any) -> Episodes:
-    """`Episodes.ensure(data)`, of the widths that the pipeline was built for.
-
-    Raises:
-        ValueError: the data's observations or actions have another width.
-    """
-    episodes = Episodes.ensure(data)
-    for name in ("observation", "action"):
-        got, wanted = getattr(episodes, f"{name}_dim"), getattr(pipeline, f"{name}_dim")
-        if got != wanted:
-            raise ValueError(f"`train_dataset` has {name}s of width {got}, but the pipeline is for width {wanted}.")
-    return episodes
 
 
 @cache

@@ -57,12 +57,16 @@ class RewardGradientTrainer(TruncatedTrainer):
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size
-        batch = self.windows.gather(torch.randint(len(self.windows), (size,), generator=generator))
+        examples = self._examples(size, generator) if self.source.has_examples else {}
         return {
             **pack("condition", self.conditions(size, generator)),
-            **pack("data", batch),
+            **examples,
             **self.noise_levels(size, generator),
         }
+
+    def _examples(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x0, condition = self.source.examples(size, generator)
+        return {"x0": x0, **pack("example", condition)}
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         return buffer
@@ -92,13 +96,16 @@ class RewardGradientTrainer(TruncatedTrainer):
         self.log_metric("reward", rewards)
         loss = -rewards.mean()
         if self.args.reference_coefficient > 0 and self.pipeline.lora_names:
-            distance = self._distance_to_reference(inputs)
+            distance = self._distance_to_reference(inputs, latents.detach())
             self.log_metric("reference_distance", distance)
             loss = loss + self.args.reference_coefficient * distance
         return loss
 
-    def _distance_to_reference(self, inputs: dict[str, Tensor]) -> Tensor:
-        x0, condition = self.pipeline.encode(unpack("data", inputs))
+    def _distance_to_reference(self, inputs: dict[str, Tensor], samples: Tensor) -> Tensor:
+        """On examples of the data, or on the samples themselves if it holds none."""
+        x0, condition = samples, unpack("condition", inputs)
+        if "x0" in inputs:
+            x0, condition = inputs["x0"], unpack("example", inputs)
         condition = self.pipeline.complete_condition(condition, self.generator("reference"))
         x_t = self.pipeline.scheduler.add_noise(x0, inputs["noise"], inputs["timesteps"])
         prediction = self.pipeline.predict(x_t, inputs["timesteps"], condition, self.network)

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from dmc_hub.conditions import ConditionSource
 from dmc_hub.losses import group_advantages
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import episodes_that_fit, require_transitions
+from dmc_hub.trainers.loop import require_transitions
 
 
 @dataclass(kw_only=True)
@@ -54,8 +55,9 @@ class SamplingTrainer(DiffusionTrainer):
     which part a micro-step takes (`draw`). The buffer is part of the checkpoint, so that a run can be resumed in the
     middle of one.
 
-    `train_dataset` is an `Episodes` or a `datasets.Dataset` with its columns; only its observations are used, as
-    conditions. `reward_function` is `critic_reward(pipeline)` by default.
+    `train_dataset` is what the pipeline's `condition_source` takes: for planners and policies `Episodes` or a
+    `datasets.Dataset` with its columns, of which only the observations are used, as conditions. `reward_function` is
+    `critic_reward(pipeline)` by default.
     """
 
     args: Any
@@ -72,11 +74,11 @@ class SamplingTrainer(DiffusionTrainer):
         if reward_function is not None and not callable(reward_function):
             raise ValueError(f"`reward_function` must be callable, got {type(reward_function).__name__}.")
         require_transitions(pipeline)
-        super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
-        self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
-        self.windows = self.train_dataset.windows(
-            pipeline.config.horizon, pipeline.num_observation_steps, pipeline.num_past_actions
+        self.source: ConditionSource = pipeline.condition_source(
+            train_dataset, process_index=args.process_index, num_processes=args.world_size
         )
+        super().__init__(pipeline, args, train_dataset=self.source.data, **kwargs)
+        self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
         self._buffer: dict[str, Tensor] = {}
         self._check_reward_function()
 
@@ -104,10 +106,13 @@ class SamplingTrainer(DiffusionTrainer):
         return self.draw(self._buffer, position, self.generator("draw"))
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {name: tensor.contiguous() for name, tensor in self._buffer.items()}
+        buffer = {name: tensor.contiguous() for name, tensor in self._buffer.items()}
+        return {**buffer, **pack("source", self.source.state())}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self._buffer = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        self.source.load_state(unpack("source", state))
+        buffer = {name: tensor for name, tensor in state.items() if not name.startswith("source.")}
+        self._buffer = {name: tensor.to(self.args.device) for name, tensor in buffer.items()}
 
     def _run_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """A buffer that was filled under other settings of the algorithm means nothing under these."""
@@ -118,13 +123,11 @@ class SamplingTrainer(DiffusionTrainer):
     # What subclasses use
 
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Conditions at `count` observations drawn from the data."""
-        steps = torch.randint(len(self.windows), (count,), generator=generator)
-        condition = self.pipeline.observation_condition(self.windows.history(steps).to(self.args.device))
-        return self.pipeline.complete_condition(condition, generator)
+        """`count` conditions drawn from the data."""
+        return self.pipeline.complete_condition(self.source.conditions(count, generator), generator)
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Checked rewards `(B,)` of normalised samples."""
+        """Checked rewards `(B,)` of latents."""
         return call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
 
     def noise_levels(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -182,14 +185,13 @@ class SamplingTrainer(DiffusionTrainer):
         rewards = rewards.reshape(-1, num_candidates)
         order = rewards.argsort(dim=1, descending=True)
         latents = latents.unflatten(0, (-1, num_candidates))
-        return latents.gather(1, order[:, :, None, None].expand_as(latents)), rewards.gather(1, order)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return latents[rows, order], rewards.gather(1, order)
 
     def _check_reward_function(self) -> None:
         """Call the reward function once on data, so that a broken one is found before anything is trained."""
-        count = min(4, self.train_dataset.num_steps)
-        batch = {name: value.to(self.args.device) for name, value in self.windows.gather(torch.arange(count)).items()}
         with torch.no_grad():
-            self.rewards(*self.pipeline.encode(batch))
+            self.rewards(*self.source.trial())
 
 
 def pack(prefix: str, condition: dict[str, Tensor]) -> dict[str, Tensor]:
