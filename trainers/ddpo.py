@@ -191,20 +191,32 @@ class DDPOTrainer(TruncatedTrainer):
             )
         rewards = self.rewards(latents, condition)
         self.log_metric("reward", rewards)
+        sampled = {
+            "latents": torch.stack(trajectory.latents),
+            "next_latents": torch.stack(trajectory.next_latents),
+            "timesteps": torch.tensor(trajectory.timesteps),
+            "next_timesteps": torch.tensor(trajectory.next_timesteps),
+            "stds": torch.tensor(trajectory.stds),
+        }
+        log_probs = trajectory.log_probs
+        if not self.pipeline.samples_as_trained:
+            log_probs = self._log_probs(sampled, condition)
         if self.args.entropy_coefficient > 0:
             entropies = entropy_estimates(latents, self.args.group_size, self.pipeline.free_entries(condition))
             self.log_metric("entropy", entropies)
             rewards = rewards + self.args.entropy_coefficient * entropies
         return {
-            "latents": torch.stack(trajectory.latents),
-            "next_latents": torch.stack(trajectory.next_latents),
-            "log_probs": torch.stack(trajectory.log_probs),
-            "timesteps": torch.tensor(trajectory.timesteps),
-            "next_timesteps": torch.tensor(trajectory.next_timesteps),
-            "stds": torch.tensor(trajectory.stds),
+            **sampled,
+            "log_probs": torch.stack(log_probs),
             "advantages": self._advantages(rewards),
             **pack("condition", condition),
         }
+
+    def _log_probs(self, sampled: dict[str, Tensor], condition: dict[str, Tensor]) -> list[Tensor]:
+        """Of every step under the policy that is trained, `(B,)` each, where it is not the one that sampled."""
+        mask = self.pipeline.free_entries(condition)
+        steps = [self._transition(sampled, step, condition) for step in range(len(sampled["stds"]))]
+        return [step.log_prob(x_s, mask) for step, x_s in zip(steps, sampled["next_latents"], strict=True)]
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         by_group = self.args.advantage_baseline == "group"

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from dmc_hub.conditions import ConditionSource
 from dmc_hub.losses import group_advantages
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
@@ -74,7 +73,7 @@ class SamplingTrainer(DiffusionTrainer):
         if reward_function is not None and not callable(reward_function):
             raise ValueError(f"`reward_function` must be callable, got {type(reward_function).__name__}.")
         require_transitions(pipeline)
-        self.source: ConditionSource = pipeline.condition_source(
+        self.source: Any = pipeline.condition_source(
             train_dataset, process_index=args.process_index, num_processes=args.world_size
         )
         super().__init__(pipeline, args, train_dataset=self.source.data, **kwargs)
