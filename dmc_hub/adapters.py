@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class AdaptableController:
     scheduler: Any
     components: Any
     config: Any
+
+    def unguided(self) -> AbstractContextManager[None]:
+        """Inside the block `predict` is the network's output as it was pretrained; a policy may guide otherwise."""
+        return nullcontext()
 
     @property
     def lora_names(self) -> list[str]:

@@ -14,6 +14,8 @@ import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +260,10 @@ class TextToImagePolicy(AdaptableController):
 
     # Conditions
 
-    def condition_source(self, data: Any, *, process_index: int = 0, num_processes: int = 1) -> PromptConditions:
-        """What a trainer draws prompts from; see `PromptConditions`."""
-        return PromptConditions(self, data, process_index=process_index, num_processes=num_processes)
+    def condition_source(self, data: Any, *, process_index: int = 0, num_processes: int = 1) -> ConditionSource:
+        """What a trainer draws prompts from: see `PromptConditions`, or `PromptTasks` for several sets of them."""
+        kind = TaskConditions if isinstance(data, PromptTasks) else PromptConditions
+        return kind(self, data, process_index=process_index, num_processes=num_processes)
 
     @torch.no_grad()
     def prompt_condition(
@@ -302,6 +305,15 @@ class TextToImagePolicy(AdaptableController):
     ) -> Tensor:
         """The network's output for `sample` with the guidance of training; `denoiser` stands in for the component."""
         return self._guided(sample, timestep, condition, denoiser, self.training_guidance_scale)
+
+    @contextmanager
+    def unguided(self) -> Iterator[None]:
+        """Inside the block `predict` is without guidance, as in pretraining."""
+        scale, self.training_guidance_scale = self.training_guidance_scale, 1.0
+        try:
+            yield
+        finally:
+            self.training_guidance_scale = scale
 
     def _guided(
         self, sample: Tensor, timestep: float | Tensor, condition: dict[str, Tensor], denoiser: Any, scale: float
@@ -431,19 +443,29 @@ class PromptConditions(ConditionSource):
             part, and never held in memory.
         process_index: of this process.
         num_processes: that share a stream.
+        task: goes into the metadata as `task`.
 
     Raises:
         ValueError: there are no rows, or ones without a prompt.
     """
 
-    def __init__(self, policy: TextToImagePolicy, data: Any, *, process_index: int = 0, num_processes: int = 1) -> None:
+    def __init__(
+        self,
+        policy: TextToImagePolicy,
+        data: Any,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        task: str | None = None,
+    ) -> None:
         self.policy = policy
         self.data = data
+        self._added = {} if task is None else {"task": task}
         self._rows: Sequence[Any] | None = data if isinstance(data, (Sequence, Dataset)) else None
         self._stream = None if self._rows is not None else _Stream(data, process_index, num_processes)
         if self._rows is not None and not len(self._rows):
             raise ValueError("`train_dataset` has no rows: pass prompts.")
-        first = _row(self._peek(1)[0])
+        first = self._row(self._peek(1)[0])
         self.has_examples = "image" in first
 
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -460,7 +482,7 @@ class PromptConditions(ConditionSource):
 
     def trial(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The first prompts, with noise for latents."""
-        condition = self.policy.prompt_condition(*_columns([_row(row) for row in self._peek(4)]))
+        condition = self.policy.prompt_condition(*_columns([self._row(row) for row in self._peek(4)]))
         shape = self.policy.latent_shape(len(condition["record"]))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return noise.to(self.policy.denoiser.device), condition
@@ -474,9 +496,12 @@ class PromptConditions(ConditionSource):
     def _take(self, count: int, generator: torch.Generator) -> list[dict[str, Any]]:
         if self._rows is None:
             assert self._stream is not None
-            return [_row(row) for row in self._stream.take(count)]
+            return [self._row(row) for row in self._stream.take(count)]
         indices = torch.randint(len(self._rows), (count,), generator=generator).tolist()
-        return [_row(self._rows[index]) for index in indices]
+        return [self._row(self._rows[index]) for index in indices]
+
+    def _row(self, row: Any) -> dict[str, Any]:
+        return {**_row(row), **self._added}
 
     def state(self) -> dict[str, Tensor]:
         return {} if self._stream is None else {"position": torch.tensor([self._stream.epoch, self._stream.position])}
@@ -484,6 +509,69 @@ class PromptConditions(ConditionSource):
     def load_state(self, state: dict[str, Tensor]) -> None:
         if self._stream is not None:
             self._stream.seek(*state["position"].tolist())
+
+
+@dataclass(frozen=True)
+class PromptTasks:
+    """Several sets of prompts, each of a task; the metadata of a prompt say which: `{"task": name}`.
+
+    Attributes:
+        prompts: by name, what `PromptConditions` takes.
+        in_turn: the prompts of one draw, that is of one micro-batch or buffer, are of one task, and the tasks take
+            turns (Algorithm 1 of arXiv:2401.12244); False: each draw has the same number of each task.
+    """
+
+    prompts: Mapping[str, Any]
+    in_turn: bool = True
+
+
+class TaskConditions(ConditionSource):
+    """Draws from `PromptTasks`."""
+
+    has_examples = False
+
+    def __init__(
+        self, policy: TextToImagePolicy, data: PromptTasks, *, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        if not data.prompts:
+            raise ValueError("`train_dataset` has no task: pass prompts by name.")
+        self.policy = policy
+        self.data = data
+        self._draws = 0
+        self._sources = {
+            name: PromptConditions(policy, rows, process_index=process_index, num_processes=num_processes, task=name)
+            for name, rows in data.prompts.items()
+        }
+
+    def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        sources = list(self._sources.values())
+        if self.data.in_turn:
+            source = sources[self._draws % len(sources)]
+            self._draws += 1
+            return source.conditions(count, generator)
+        if count % len(sources):
+            raise ValueError(f"The {count} conditions of one draw must be a multiple of the {len(sources)} tasks.")
+        parts = [source.conditions(count // len(sources), generator) for source in sources]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def examples(self, count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        raise ValueError("Prompts of tasks have no images: pass `pretraining_dataset`.")
+
+    def trial(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first prompts of each task, with noise for latents."""
+        trials = [source.trial() for source in self._sources.values()]
+        condition = {name: torch.cat([each[name] for _, each in trials]) for name in trials[0][1]}
+        return torch.cat([latents for latents, _ in trials]), condition
+
+    def state(self) -> dict[str, Tensor]:
+        states = {f"{name}.{k}": v for name, source in self._sources.items() for k, v in source.state().items()}
+        return {**states, "draws": torch.tensor(self._draws)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._draws = int(state["draws"])
+        for name, source in self._sources.items():
+            prefix = f"{name}."
+            source.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 def _row(row: Any) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class JointConfig(SamplingConfig):
         unknown = [name for name in (*self.members, *self.weights) if name not in SINGLE_METHODS]
         if unknown or not self.members:
             raise ValueError(f"`members` must be among {', '.join(SINGLE_METHODS)}; got {list(self.members)}.")
+        members = self.members.values()
+        if self.pretraining_coefficient > 0 or any("pretraining_coefficient" in settings for settings in members):
+            raise ValueError("`pretraining_coefficient` must stay 0: only the losses of `members` are summed.")
         stray = set(self.weights) - set(self.members)
         if stray:
             raise ValueError(f"`weights` names {', '.join(sorted(stray))}, which `members` does not.")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dmc_hub.losses import denoising_loss
-from dmc_hub.rewards import call_reward
 from dmc_hub.trainers.sampling import pack, unpack
 from dmc_hub.trainers.truncated import TruncatedConfig, TruncatedTrainer
 
@@ -87,7 +86,7 @@ class RewardGradientTrainer(TruncatedTrainer):
             denoiser=self.network,
             num_grad_steps=self.num_grad_steps or num_steps,
         )
-        rewards = call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+        rewards = self.rewards(latents, condition)
         if not rewards.requires_grad:
             raise ValueError(
                 "`reward_function` returns rewards without gradient: RewardGradientTrainer needs a differentiable one. "

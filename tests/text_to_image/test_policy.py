@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dmc_hub.text_to_image import RECORD_BYTES, TextToImagePolicy, transition_scheduler
+from dmc_hub.text_to_image import RECORD_BYTES, PromptConditions, TextToImagePolicy, transition_scheduler
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
@@ -265,7 +265,7 @@ def test_processes_share_a_stream_without_overlap(make_pipeline: MakePipeline, s
     policy = TextToImagePolicy(make_pipeline("sd_v"))
     seen: list[list[str]] = []
     for index in range(2):
-        source = policy.condition_source(stream(shards=shards), process_index=index, num_processes=2)
+        source = PromptConditions(policy, stream(shards=shards), process_index=index, num_processes=2)
         source.trial()
         taken = [source._take(1, generator())[0]["prompt"] for _ in range(18)]
         seen.append(taken)
