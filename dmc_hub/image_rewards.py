@@ -114,14 +114,19 @@ def _gathered(mine: Any) -> list[Any]:
     return everyone
 
 
+def of_its_task(name: str, prompt: str, metadata: Metadata) -> bool:
+    """Whether the metadata say `{"task": name}`, as those of `PromptTasks` do."""
+    return bool(metadata.get("task") == name)
+
+
 class JointReward:
     """The weighted sum of several rewards on every image, each normalised first so that none drowns the others.
 
     Args:
         rewards: reward functions by name.
         weights: by name; 1 where missing.
-        by_task: each reward counts only for the prompts whose metadata say `{"task": <its name>}`, as in Algorithm 1
-            of arXiv:2401.12244; `PromptTasks` writes that. False: every reward on every image.
+        applies: `(name, prompt, metadata)` to whether a reward counts for an image of that prompt; None: every reward
+            on every image. `of_its_task` is Algorithm 1 of arXiv:2401.12244.
         normalization: what is done to a reward, over the images for which it counts on all processes, before it is
             weighted: `"prompt"` subtracts the mean of the images of the same prompt and metadata, and divides by the
             standard deviation of what is left; `"running"` divides by that of the run so far instead; `"batch"`
@@ -137,7 +142,7 @@ class JointReward:
         rewards: Mapping[str, Callable[..., Any]],
         *,
         weights: Mapping[str, float] | None = None,
-        by_task: bool = False,
+        applies: Callable[[str, str, Metadata], bool] | None = None,
         normalization: Normalization = "prompt",
     ) -> None:
         stray = set(weights or {}) - set(rewards)
@@ -149,7 +154,7 @@ class JointReward:
             )
         self.rewards = dict(rewards)
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
-        self.by_task = by_task
+        self.applies = applies
         self.normalization = normalization
         self.means: dict[str, float] = {}
         self._moments = {name: torch.zeros(2, dtype=torch.float64) for name in rewards}
@@ -158,7 +163,8 @@ class JointReward:
         total = torch.zeros(len(prompts), device=images.device)
         self.means = {}
         for name, function in self.rewards.items():
-            rows = [i for i, facts in enumerate(metadata) if not self.by_task or facts.get("task") == name]
+            pairs = enumerate(zip(prompts, metadata, strict=True))
+            rows = [i for i, pair in pairs if self.applies is None or self.applies(name, *pair)]
             index = torch.tensor(rows, dtype=torch.long, device=images.device)
             chosen = [prompts[i] for i in rows], [metadata[i] for i in rows]
             values = torch.zeros(0, device=images.device)

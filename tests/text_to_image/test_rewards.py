@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from dmc_hub.image_rewards import DistributionReward, JointReward, statistical_parity
+from dmc_hub.image_rewards import DistributionReward, JointReward, of_its_task, statistical_parity
 from dmc_hub.text_to_image import PromptTasks, TextToImagePolicy
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.joint import JointConfig
@@ -133,7 +133,7 @@ def test_equal_rewards_say_nothing() -> None:
     assert call(reward, torch.zeros(3, 1)) == [0, 0, 0]
 
 
-def test_by_task_each_reward_sees_its_own_prompts_only() -> None:
+def test_of_its_task_each_reward_sees_its_own_prompts_only() -> None:
     seen: dict[str, list[str]] = {}
 
     def named(name: str, index: int) -> Callable[..., Tensor]:
@@ -143,7 +143,7 @@ def test_by_task_each_reward_sees_its_own_prompts_only() -> None:
 
         return reward
 
-    reward = JointReward({"x": named("x", 0), "y": named("y", 1), "z": named("z", 0)}, by_task=True)
+    reward = JointReward({"x": named("x", 0), "y": named("y", 1), "z": named("z", 0)}, applies=of_its_task)
     values = call(reward, VALUES, PROMPTS, [{"task": name} for name in "xxyy"])
     assert seen == {"x": ["p", "p"], "y": ["q", "q"]}
     assert values == pytest.approx([-1, 1, -1, 1])
@@ -153,14 +153,14 @@ def test_by_task_each_reward_sees_its_own_prompts_only() -> None:
 TWO_PROCESSES = """
 import sys, torch
 torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-from dmc_hub.image_rewards import JointReward, statistical_parity
+from dmc_hub.image_rewards import JointReward, of_its_task, statistical_parity
 mine = slice(0, 3) if sys.argv[2] == "0" else slice(3, 4)
 images = torch.eye(3)[[0, 0, 0, 1]][mine]
 prompts, facts = ["a"] * len(images), [{}] * len(images)
 values = [statistical_parity(lambda i, *_: i)(images, prompts, facts)]
 values += [JointReward({"r": lambda i, *_: i[:, 1]}, normalization="batch")(images, prompts, facts)]
 only_second = [{"task": "x" if sys.argv[2] == "1" else "y"}] * len(images)
-values += [JointReward({"x": lambda i, *_: i[:, 1]}, by_task=True)(images, prompts, only_second)]
+values += [JointReward({"x": lambda i, *_: i[:, 1]}, applies=of_its_task)(images, prompts, only_second)]
 torch.save(values, sys.argv[3])
 torch.distributed.destroy_process_group()
 """
@@ -203,7 +203,7 @@ def make_trainer(make_pipeline: MakePipeline, data: Any, reward: Any, **options:
 def test_tasks_take_turns_or_share_a_batch(make_pipeline: MakePipeline) -> None:
     prompts = {"red": ["a", "b"], "contrast": ["c"]}
     rewards = {"red": redness, "contrast": contrast}
-    trainer = make_trainer(make_pipeline, PromptTasks(prompts), JointReward(rewards, by_task=True), max_steps=4)
+    trainer = make_trainer(make_pipeline, PromptTasks(prompts), JointReward(rewards, applies=of_its_task), max_steps=4)
     trainer.train()
     logged = [sorted(key for key in row if key.startswith("reward_")) for row in trainer.history[:4]]
     assert logged == [["reward_red"], ["reward_contrast"]] * 2
@@ -216,7 +216,7 @@ def test_tasks_take_turns_or_share_a_batch(make_pipeline: MakePipeline) -> None:
 
 def test_a_joint_run_resumes_bit_for_bit(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     def run(folder: str, steps: int, resume: bool = False) -> dict[str, Tensor]:
-        reward = JointReward({"red": redness, "contrast": contrast}, by_task=True, normalization="running")
+        reward = JointReward({"red": redness, "contrast": contrast}, applies=of_its_task, normalization="running")
         data = PromptTasks({"red": ["a", "b"], "contrast": ["c"]})
         options = {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 3}
         trainer = make_trainer(make_pipeline, data, reward, max_steps=steps, **options)
