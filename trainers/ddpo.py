@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -159,7 +160,8 @@ class DDPOTrainer(TruncatedTrainer):
         return self.args.batches_per_rollout * self.args.epochs_per_rollout
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
-        chunks = [self._sample_batch(generator) for _ in range(self.args.batches_per_rollout)]
+        pending = [self._sample_batch(generator) for _ in range(self.args.batches_per_rollout)]
+        chunks = [chunk() for chunk in pending]  # rewards that come from elsewhere were computed meanwhile
         return {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -176,7 +178,8 @@ class DDPOTrainer(TruncatedTrainer):
         steps = stds.nonzero().flatten()
         return steps[-(self.num_grad_steps or len(steps)) :]
 
-    def _sample_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def _sample_batch(self, generator: torch.Generator) -> Callable[[], dict[str, Tensor]]:
+        """Sample a micro-batch and ask for its rewards; the function returned waits for them and completes it."""
         size = self.args.per_device_train_batch_size
         condition = self.conditions(size // self.args.group_size, generator)
         condition = self.pipeline.repeat(condition, self.args.group_size)
@@ -189,8 +192,7 @@ class DDPOTrainer(TruncatedTrainer):
                 "The sampler is deterministic, so its steps have no log-probability: use a scheduler with `eta > 0` "
                 "and more than one inference step, or RewardGradientTrainer, DiffusionDPOTrainer or SFTTrainer."
             )
-        rewards = self.rewards(latents, condition)
-        self.log_metric("reward", rewards)
+        rewards_to_come = self.rewards_to_come(latents, condition)
         sampled = {
             "latents": torch.stack(trajectory.latents),
             "next_latents": torch.stack(trajectory.next_latents),
@@ -201,16 +203,22 @@ class DDPOTrainer(TruncatedTrainer):
         log_probs = trajectory.log_probs
         if not self.pipeline.samples_as_trained:
             log_probs = self._log_probs(sampled, condition)
-        if self.args.entropy_coefficient > 0:
-            entropies = entropy_estimates(latents, self.args.group_size, self.pipeline.free_entries(condition))
-            self.log_metric("entropy", entropies)
-            rewards = rewards + self.args.entropy_coefficient * entropies
-        return {
-            **sampled,
-            "log_probs": torch.stack(log_probs),
-            "advantages": self._advantages(rewards),
-            **pack("condition", condition),
-        }
+        sampled["log_probs"] = torch.stack(log_probs)
+
+        def complete() -> dict[str, Tensor]:
+            advantages = self._advantages(self._bonus(rewards_to_come(), latents, condition))
+            return {**sampled, "advantages": advantages, **pack("condition", condition)}
+
+        return complete
+
+    def _bonus(self, rewards: Tensor, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The rewards with that of entropy."""
+        self.log_metric("reward", rewards)
+        if self.args.entropy_coefficient == 0:
+            return rewards
+        entropies = entropy_estimates(latents, self.args.group_size, self.pipeline.free_entries(condition))
+        self.log_metric("entropy", entropies)
+        return rewards + self.args.entropy_coefficient * entropies
 
     def _log_probs(self, sampled: dict[str, Tensor], condition: dict[str, Tensor]) -> list[Tensor]:
         """Of every step under the policy that is trained, `(B,)` each, where it is not the one that sampled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dmc_hub.image_rewards import JointReward
 from dmc_hub.losses import denoising_loss, group_advantages
+from dmc_hub.remote_rewards import HTTPReward
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
 from dmc_hub.trainers.loop import require_transitions
@@ -178,6 +180,15 @@ class SamplingTrainer(DiffusionTrainer):
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` conditions drawn from the data."""
         return self.pipeline.complete_condition(self.source.conditions(count, generator), generator)
+
+    def rewards_to_come(self, latents: Tensor, condition: dict[str, Tensor]) -> Callable[[], Tensor]:
+        """As `rewards`, but a remote reward function is only asked; the function returned waits for the answer."""
+        if not isinstance(self.reward_function, HTTPReward):
+            rewards = self.rewards(latents, condition)
+            return lambda: rewards
+        samples = self.pipeline.decode(latents, condition)
+        answer = self.reward_function.submit(*samples)
+        return lambda: call_reward(lambda *_: answer(), *samples)
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of latents."""
