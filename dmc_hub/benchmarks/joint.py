@@ -98,10 +98,10 @@ class JointMiniature:
         shared = {**functions, "parity": digit_parity(reader, credit="shared")}
         runs["joint, Algorithm 1"] = lambda pipeline: self._algorithm_1(pipeline, shared, data)
         runs["parity, shared credit"] = lambda pipeline: self._ddpo(
-            pipeline, data, shared["parity"], train_dataset=list(DIGITS), baseline="batch"
+            pipeline, data, shared["parity"], train_dataset=list(DIGITS)
         )
         runs["parity, leave one out"] = lambda pipeline: self._ddpo(
-            pipeline, data, functions["parity"], train_dataset=list(DIGITS), baseline="batch"
+            pipeline, data, functions["parity"], train_dataset=list(DIGITS)
         )
         return runs
 
@@ -129,27 +129,16 @@ class JointMiniature:
     def _algorithm_1(self, pipeline: Any, functions: Mapping[str, Any], data: DigitPictures) -> None:
         reward = JointReward(functions, applies=of_its_task, normalization="batch")
         tasks = PromptTasks({name: list(DIGITS) for name in functions})
-        self._ddpo(pipeline, data, reward, train_dataset=tasks, baseline="batch", accumulation=len(functions))
+        self._ddpo(pipeline, data, reward, train_dataset=tasks)
 
-    def _ddpo(
-        self,
-        pipeline: Any,
-        data: DigitPictures,
-        reward: Any,
-        *,
-        train_dataset: Any,
-        baseline: Any,
-        accumulation: int = 1,
-    ) -> None:
-        """`accumulation` micro-steps, of one task each, make an optimizer step; the pictures sampled are as many."""
+    def _ddpo(self, pipeline: Any, data: DigitPictures, reward: Any, *, train_dataset: Any) -> None:
         policy = TextToImagePolicy(pipeline, num_inference_steps=10)
         config = DDPOConfig(
-            **self._options(5 * self.iterations // accumulation),
+            **self._options(5 * self.iterations),
             per_device_train_batch_size=128,
             group_size=GROUP,
-            gradient_accumulation_steps=accumulation,
-            epochs_per_rollout=1 if accumulation > 1 else 5,
-            advantage_baseline=baseline,
+            epochs_per_rollout=5,
+            advantage_baseline="batch",
             advantage_scale="global",
             num_train_denoising_steps=2,
             learning_rate=2e-4,
@@ -165,7 +154,7 @@ class JointMiniature:
 
     def _options(self, max_steps: int) -> dict[str, Any]:
         return {
-            "max_steps": max(1, max_steps),
+            "max_steps": max_steps,
             "seed": self.seed,
             "lr_scheduler_type": "constant",
             "pretraining_coefficient": 0.1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +382,21 @@ def test_other_pipelines_and_sizes_are_refused(make_pipeline: MakePipeline) -> N
         TextToImagePolicy(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="`height` must be a multiple of 2"):
         TextToImagePolicy(make_pipeline("sd_v"), height=9)
+
+
+def test_a_stream_is_read_no_further_than_needed(make_pipeline: MakePipeline) -> None:
+    produced: list[int] = []
+
+    class Prompts:
+        def __iter__(self) -> Iterator[str]:
+            for number in range(2_000_000):
+                produced.append(number)
+                yield str(number)
+
+    policy = TextToImagePolicy(make_pipeline("sd_v"), prompt_cache_size=8)
+    source = policy.condition_source(Prompts(), process_index=1, num_processes=2)
+    source.trial()
+    condition = source.conditions(20, generator())
+    assert policy.decode(torch.zeros(policy.latent_shape(20)), condition)[1] == [str(2 * n + 1) for n in range(20)]
+    assert len(produced) == 40
+    assert len(policy._cache) == 8
