@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dmc_hub.data.episodes import Episodes
     from dmc_hub.envs.nav1d import Nav1DEnv
     from dmc_hub.envs.workers import RestartingVectorEnv
+    from dmc_hub.image_rewards import DistributionReward, JointReward, statistical_parity
     from dmc_hub.models.action_transformer import ActionTransformer
     from dmc_hub.models.conditional_unet import ConditionalUnet1D
     from dmc_hub.models.critic import TwinQCritic
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dmc_hub.models.vision_encoder import VisionEncoder
     from dmc_hub.pipelines.diffuser_planner import DiffuserPlannerPipeline
     from dmc_hub.pipelines.diffusion_policy import DiffusionPolicyPipeline
+    from dmc_hub.remote_rewards import HTTPReward
     from dmc_hub.scheduler import (
         CosineSchedule,
         DenoisingTrajectory,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         TransitionScheduler,
         VarianceExplodingSchedule,
     )
+    from dmc_hub.text_to_image import PromptTasks, TextToImagePolicy
     from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner
     from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
     from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
@@ -64,11 +67,14 @@ __all__ = [
     "DiffusionDPOTrainer",
     "DiffusionPolicyPipeline",
     "DiffusionTransformer1D",
+    "DistributionReward",
     "Episodes",
     "FlowSchedule",
+    "HTTPReward",
     "IQLConfig",
     "IQLTrainer",
     "InverseDynamics",
+    "JointReward",
     "LinearSchedule",
     "NFTConfig",
     "NFTTrainer",
@@ -76,6 +82,7 @@ __all__ = [
     "NoiseSchedule",
     "Normalizer",
     "OnlineConfig",
+    "PromptTasks",
     "RestartingVectorEnv",
     "RewardGradientConfig",
     "RewardGradientTrainer",
@@ -83,12 +90,14 @@ __all__ = [
     "SFTTrainer",
     "SequentialAligner",
     "TemporalUnet",
+    "TextToImagePolicy",
     "TransitionScheduler",
     "TwinQCritic",
     "VarianceExplodingSchedule",
     "VisionEncoder",
     "__version__",
     "align_tasks",
+    "statistical_parity",
 ]
 
 _NAMES_OF_MODULE = {
@@ -96,6 +105,7 @@ _NAMES_OF_MODULE = {
     "dmc_hub.data.episodes": ("Episodes",),
     "dmc_hub.envs.nav1d": ("Nav1DEnv",),
     "dmc_hub.envs.workers": ("RestartingVectorEnv",),
+    "dmc_hub.image_rewards": ("DistributionReward", "JointReward", "statistical_parity"),
     "dmc_hub.models.action_transformer": ("ActionTransformer",),
     "dmc_hub.models.conditional_unet": ("ConditionalUnet1D",),
     "dmc_hub.models.inverse_dynamics": ("InverseDynamics",),
@@ -106,6 +116,7 @@ _NAMES_OF_MODULE = {
     "dmc_hub.models.vision_encoder": ("VisionEncoder",),
     "dmc_hub.pipelines.diffuser_planner": ("DiffuserPlannerPipeline",),
     "dmc_hub.pipelines.diffusion_policy": ("DiffusionPolicyPipeline",),
+    "dmc_hub.remote_rewards": ("HTTPReward",),
     "dmc_hub.scheduler": (
         "CosineSchedule",
         "DenoisingTrajectory",
@@ -115,6 +126,7 @@ _NAMES_OF_MODULE = {
         "TransitionScheduler",
         "VarianceExplodingSchedule",
     ),
+    "dmc_hub.text_to_image": ("PromptTasks", "TextToImagePolicy"),
     "dmc_hub.trainers.alignment": ("AlignmentConfig", "SequentialAligner"),
     "dmc_hub.trainers.cascade": ("CascadeConfig", "CascadeTrainer"),
     "dmc_hub.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),

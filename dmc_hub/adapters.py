@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,17 @@ class AdaptableController:
     """
 
     adapted_component = "denoiser"
+    samples_as_trained = True
+    """Whether `sample` draws from the distribution that `predict` describes: not with another guidance."""
     denoiser: Any
     normalizer: Any
     scheduler: Any
     components: Any
     config: Any
+
+    def unguided(self) -> AbstractContextManager[None]:
+        """Inside the block `predict` is the network's output as it was pretrained; a policy may guide otherwise."""
+        return nullcontext()
 
     @property
     def lora_names(self) -> list[str]:
@@ -99,18 +105,21 @@ class AdaptableController:
         return {n.replace(".base_layer.", "."): tensor for n, tensor in state.items() if ".lora_" not in n}
 
     def base_fingerprint(self) -> str:
-        """SHA-256 over what an adapter depends on: base weights, scheduler, normaliser, and what acts beside them."""
+        """SHA-256 over what an adapter depends on: base weights, scheduler, and what else shapes actions."""
         digest = hashlib.sha256()
         schedule = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         digest.update(json.dumps(schedule, sort_keys=True).encode())
-        others = [self.components.get(name) for name in ("inverse_dynamics", "vision_encoder")]
-        acting = [{} if model is None else model.state_dict() for model in others]
-        for weights in (self.base_weights(), self.normalizer.state_dict(), *acting):
+        for weights in (self.base_weights(), *self._weights_that_act()):
             for name in sorted(weights):
                 tensor = weights[name].detach().cpu().contiguous()
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _weights_that_act(self) -> list[dict[str, Tensor]]:
+        """Of the components besides the denoiser that an adapter depends on: normaliser, and what acts or sees."""
+        others = [self.components.get(name) for name in ("inverse_dynamics", "vision_encoder")]
+        return [self.normalizer.state_dict(), *({} if model is None else model.state_dict() for model in others)]
 
     def save_lora_weights(self, save_directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
         """Write one adapter in the formats of peft and of diffusers.

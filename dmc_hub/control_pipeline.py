@@ -16,6 +16,7 @@ from dmc_hub import checkpoint, portable, transfer
 # diffusers loads the components of a saved pipeline from modules that are already imported only.
 from dmc_hub import scheduler as _scheduler  # noqa: F401
 from dmc_hub.adapters import AdaptableController, outbox
+from dmc_hub.conditions import EpisodeConditions
 from dmc_hub.models import (  # noqa: F401
     action_transformer,
     conditional_unet,
@@ -171,6 +172,11 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
 
     def _comes_from(self, repo_id: str, revision: str) -> None:
         self.register_to_config(_name_or_path=repo_id, _hub_repo=repo_id, _hub_revision=revision)
+
+    def condition_source(self, data: Any, *, process_index: int = 0, num_processes: int = 1) -> EpisodeConditions:
+        """What a trainer draws conditions and windows from: `Episodes` or a `datasets.Dataset`, whole on each
+        process."""
+        return EpisodeConditions(self, data)
 
     def complete_condition(self, condition: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Add what a trainer's condition needs and data do not hold: nothing here, a draft for an `UpsamplerPolicy`."""

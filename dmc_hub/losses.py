@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -61,6 +62,21 @@ def group_advantages(
     elif scale == "global":
         centred = centred / (centred.pow(2).mean().sqrt() + eps)
     return centred.reshape(-1)
+
+
+def leave_one_out_credit(values: Tensor, sums: Tensor, counts: Tensor, distance: Callable[[Tensor], Tensor]) -> Tensor:
+    """By how much each sample brings its group's mean closer to a goal, `distance(others) - distance(all)`; `(B,)`.
+
+    Args:
+        values: of a statistic, `(B, C)`.
+        sums: of the values of each sample's group, itself included, `(B, C)`.
+        counts: of the samples in it, `(B,)`; where it is 1 there are no others, and the credit is 0.
+        distance: of means `(B, C)` to the goal, `(B,)`.
+
+    Source: the difference reward of Wolpert & Tumer, 2002, "Optimal payoff functions for members of collectives".
+    """
+    others = (sums - values) / (counts - 1).clamp(min=1)[:, None]
+    return torch.where(counts > 1, distance(others) - distance(sums / counts[:, None]), 0)
 
 
 def reinforce_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ class NonFiniteRewardError(ValueError):
     """A reward function returned NaN or infinity."""
 
 
-RewardFunction = Callable[[Tensor, Tensor], Any]
-"""`(observations, actions) -> rewards` in the environment's units: `(B, T, observation_dim)` and `(B, T, action_dim)`
-to `B` finite numbers, as a tensor, array or list. A planner's observations are the planned ones (`T` is the horizon),
-a policy's the single one it acted on (`(B, 1, observation_dim)`). Only `RewardGradientTrainer` needs gradients."""
+RewardFunction = Callable[..., Any]
+"""Takes what the pipeline's `decode` returns and gives `B` finite numbers, as a tensor, array or list.
+
+Of a controller: `(observations, actions) -> rewards` in the environment's units, of shapes `(B, T, observation_dim)`
+and `(B, T, action_dim)`. A planner's observations are the planned ones (`T` is the horizon), a policy's the single one
+it acted on (`(B, 1, observation_dim)`). Of text-to-image: `(images, prompts, metadata) -> rewards`, see
+`dmc_hub.text_to_image`. Only `RewardGradientTrainer` needs gradients."""
 
 
 def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = True) -> RewardFunction:
@@ -56,17 +59,21 @@ def action_chunks(critic: Any, actions: Tensor) -> Tensor:
     return actions if length == 1 else actions.unfold(1, length, 1).transpose(-1, -2)
 
 
-def call_reward(reward_function: RewardFunction, observations: Tensor, actions: Tensor) -> Tensor:
-    """Call a reward function and check what it returns: float32 of shape `(B,)` on the actions' device.
+def call_reward(reward_function: RewardFunction, *samples: Any) -> Tensor:
+    """Call a reward function and check what it returns: float32 of shape `(B,)` on the samples' device.
+
+    `samples` is what the pipeline's `decode` returns: observations and actions, or images, prompts and metadata.
 
     Raises:
         ValueError: the wrong number of rewards, or (`NonFiniteRewardError`) NaN or infinite ones.
         FloatingPointError: the samples to be rewarded are not finite: the controller has collapsed.
     """
-    for name, values in (("actions", actions), ("observations", observations)):
+    tensors = [values for values in samples if isinstance(values, Tensor)]
+    names = ("images",) if len(tensors) == 1 else ("observations", "actions")
+    for name, values in reversed(list(zip(names, tensors, strict=True))):
         if not torch.isfinite(values).all():
             raise FloatingPointError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
-    returned = reward_function(observations, actions)
+    returned = reward_function(*samples)
     if not isinstance(returned, Tensor):
         try:
             returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
@@ -74,10 +81,11 @@ def call_reward(reward_function: RewardFunction, observations: Tensor, actions: 
             raise ValueError(
                 f"`reward_function` must return numbers, got {type(returned).__name__}: {error}"
             ) from error
-    rewards = returned.to(actions.device, torch.float32)
-    if rewards.shape != (len(actions),):
+    count = len(tensors[-1])
+    rewards = returned.to(tensors[-1].device, torch.float32)
+    if rewards.shape != (count,):
         raise ValueError(
-            f"`reward_function` must return one reward per sample, shape ({len(actions)},), got {tuple(rewards.shape)}."
+            f"`reward_function` must return one reward per sample, shape ({count},), got {tuple(rewards.shape)}."
         )
     if not torch.isfinite(rewards).all():
         bad = (~torch.isfinite(rewards)).nonzero().flatten()

@@ -46,9 +46,13 @@ class NoiseSchedule(ABC):
         """What a noisy sample is multiplied by before the network sees it (1 unless the variance explodes)."""
         return torch.ones_like(t)
 
-    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int]:
+    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int] | list[float]:
         """The levels `t * num_levels` that sampling goes through, `num_inference_steps` and the clean end, 0."""
         return [round(num_levels * (1 - step / num_inference_steps)) for step in range(num_inference_steps + 1)]
+
+    def most_inference_steps(self, num_levels: int) -> int:
+        """So many inference steps visit every level that sampling can visit."""
+        return num_levels
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,33 @@ class VarianceExplodingSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class FlowSchedule(NoiseSchedule):
-    """Rectified flow: `alpha = 1 - t`, `sigma = t` (Liu et al., 2022, arXiv:2209.03003)."""
+    """Rectified flow: `alpha = 1 - t`, `sigma = t` (Liu et al., 2022, arXiv:2209.03003).
+
+    shift: with it, sampling goes through the times of diffusers' FlowMatchEulerDiscreteScheduler with this `shift`,
+        which are no whole levels: `shift u / (1 + (shift - 1) u)` for `u` evenly from 1 to its least noisy time
+        (Eq. 23 of Esser et al., 2024, arXiv:2403.03206). None: through whole levels, evenly.
+    """
+
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shift is not None and not self.shift > 0:
+            raise ValueError(f"`shift` must be positive or None, got {self.shift}.")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+
+    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int] | list[float]:
+        if self.shift is None:
+            return super().inference_levels(num_levels, num_inference_steps)
+        least = self._shifted(torch.tensor(1 / num_levels, dtype=torch.float64), self.shift)
+        even = torch.linspace(1, float(least), num_inference_steps, dtype=torch.float64)
+        levels = (num_levels * self._shifted(even, self.shift)).float()  # as a network is told them
+        return [*levels.tolist(), 0.0]
+
+    @staticmethod
+    def _shifted(t: Tensor, shift: float) -> Tensor:
+        return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True)
@@ -126,10 +153,14 @@ class TabulatedSchedule(NoiseSchedule):
     timestep_spacing: `"trailing"` takes inference steps evenly from the noisiest level to the clean end; `"leading"`
         takes multiples of `num_train_timesteps // num_inference_steps` from the clean end on, as diffusers' DDPM and
         DDIM schedulers do unless told otherwise.
+    steps_offset: of `"leading"`: all levels but the clean end are so much noisier, 1 in Stable Diffusion.
+    ends_clean: False: sampling ends at the least noisy level, diffusers' `set_alpha_to_one=False`.
     """
 
     alpha_bars: tuple[float, ...] = ()
     timestep_spacing: str = "trailing"
+    steps_offset: int = 0
+    ends_clean: bool = True
     timestep_origin: int = 1
 
     def __post_init__(self) -> None:
@@ -137,6 +168,8 @@ class TabulatedSchedule(NoiseSchedule):
         if len(table) < 2 or not all(0 < low < high for high, low in itertools.pairwise(table)):
             raise ValueError("`alpha_bars` must be falling numbers in (0, 1), the least noisy level first.")
         _check_choice("timestep_spacing", self.timestep_spacing, ("trailing", "leading"))
+        if self.steps_offset and (self.timestep_spacing == "trailing" or self.steps_offset < 0):
+            raise ValueError(f"`steps_offset` must be 0, or at least 0 for 'leading'; got {self.steps_offset}.")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         levels = len(self.alpha_bars)
@@ -155,11 +188,21 @@ class TabulatedSchedule(NoiseSchedule):
                 f"`alpha_bars` has {len(self.alpha_bars)} levels, but `num_train_timesteps` is {num_train_timesteps}."
             )
 
-    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int]:
+    def inference_levels(self, num_levels: int, num_inference_steps: int) -> list[int] | list[float]:
+        end = 0 if self.ends_clean else 1
         if self.timestep_spacing == "trailing":
-            return super().inference_levels(num_levels, num_inference_steps)
-        stride = num_levels // num_inference_steps
-        return [1 + stride * step for step in reversed(range(num_inference_steps))] + [0]
+            return [*super().inference_levels(num_levels, num_inference_steps)[:-1], end]
+        stride, first = num_levels // num_inference_steps, 1 + self.steps_offset
+        levels = [first + stride * step for step in reversed(range(num_inference_steps))]
+        if levels[0] > num_levels:
+            raise ValueError(
+                f"`num_inference_steps` {num_inference_steps} with `steps_offset` {self.steps_offset} starts past the "
+                f"noisiest of the {num_levels} levels: use fewer steps."
+            )
+        return [*levels, end]
+
+    def most_inference_steps(self, num_levels: int) -> int:
+        return num_levels - self.steps_offset
 
 
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
@@ -384,7 +427,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._trajectory: DenoisingTrajectory | None = None
         self._previous: tuple[Tensor, Tensor] | None = None  # x0_hat and log-SNR of the step before: multistep solver
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(self.noise_schedule.most_inference_steps(num_train_timesteps))
 
     # Time
 
@@ -407,10 +450,10 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         origin = self.noise_schedule.timestep_origin
         grid = [level - origin for level in self.noise_schedule.inference_levels(levels, num_inference_steps)]
         self._previous = None
-        self._next_timestep: dict[float, int] = dict(itertools.pairwise(grid))
-        self.timesteps = torch.tensor(grid[:-1], dtype=torch.int64, device=device)
+        self._next_timestep: dict[float, float] = dict(itertools.pairwise(grid))
+        self.timesteps = torch.tensor(grid[:-1], device=device)
 
-    def next_timestep(self, timestep: float | Tensor) -> int:
+    def next_timestep(self, timestep: float | Tensor) -> float:
         """The level after `timestep` in the current inference steps; `-timestep_origin` stands for clean."""
         try:
             return self._next_timestep[float(timestep)]
@@ -540,7 +583,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         at_s = self.coefficients(self.next_timestep(timestep), sample)
         log_snr = torch.log(at_t.alpha / at_t.sigma)
         estimate = x0
-        if self._previous is not None and int(timestep) != int(self.timesteps[0]) and float(at_s.sigma.min()) > 0:
+        if self._previous is not None and float(timestep) != float(self.timesteps[0]) and float(at_s.sigma.min()) > 0:
             earlier, earlier_log_snr = self._previous
             step = torch.log(at_s.alpha / at_s.sigma) - log_snr
             share = (step / (2 * (log_snr - earlier_log_snr))).to(x0)
@@ -572,7 +615,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         trajectory.latents.append(x_t.detach().float())
         trajectory.next_latents.append(x_s.detach().float())
-        trajectory.timesteps.append(int(timestep))
+        trajectory.timesteps.append(timestep.item() if isinstance(timestep, Tensor) else timestep)
         trajectory.next_timesteps.append(self.next_timestep(timestep))
         trajectory.log_probs.append(transition.log_prob(x_s, trajectory.mask).detach().float())
         trajectory.stds.append(float(transition.std.max()))

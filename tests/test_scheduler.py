@@ -255,6 +255,24 @@ def test_eta_0_of_a_flow_is_flow_match_euler(kernel: str) -> None:
         torch.testing.assert_close(ours.step(output, mine, sample).prev_sample, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 11])
+def test_a_shifted_flow_is_flow_match_euler(shift: float, steps: int) -> None:
+    ours = TransitionScheduler(1000, "flow", {"shift": shift}, prediction_type="velocity", eta=0.0)
+    theirs = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(steps)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)
+    x = normal(3, 4)
+    expected = x
+    with ours.record() as trajectory:
+        for timestep, their_timestep in zip(ours.timesteps.tolist(), theirs.timesteps, strict=True):
+            x = ours.step(velocity := normal(3, 4, seed=int(timestep)), timestep, x, return_dict=False)[0]
+            expected = theirs.step(velocity, their_timestep, expected, return_dict=False)[0]
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    assert trajectory.timesteps == ours.timesteps.tolist()  # not rounded to levels
+
+
 def exploding(sigma: Tensor) -> Coefficients:
     zero = torch.zeros((), dtype=torch.float64)
     return Coefficients(zero + 1, sigma.double(), zero, zero + 1)
@@ -597,8 +615,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"clip_range": 0.0}, "`clip_range` must be positive or None, got 0.0"),
         ({"schedule_options": {"beta_min": 1.0}}, "`schedule_options` of 'cosine' are min_alpha_bar, offset; got beta"),
         (
-            {"schedule": "flow", "prediction_type": "velocity", "schedule_options": {"shift": 3.0}},
-            "`schedule_options` of 'flow' are none; got shift",
+            {"schedule": "flow", "prediction_type": "velocity", "schedule_options": {"bend": 3.0}},
+            "`schedule_options` of 'flow' are shift; got bend",
         ),
         ({"schedule": "flow", "prediction_type": "epsilon"}, "'flow': use 'velocity', 'v_prediction' or 'sample'"),
         ({"schedule": "flow", "prediction_type": "score"}, "`prediction_type` 'score' says nothing of x_0"),

@@ -95,3 +95,33 @@ def test_saved_table_loads_to_the_same_steps(tmp_path: Path) -> None:
 def test_impossible_tables_are_refused(levels: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransitionScheduler(levels, "tabulated", options)
+
+
+@pytest.mark.parametrize("ends_clean", [True, False])
+@pytest.mark.parametrize("steps", [10, 7, 25])
+def test_stable_diffusions_offset_and_end_are_those_of_diffusers(steps: int, ends_clean: bool) -> None:
+    stock = DDIMScheduler(50, clip_sample=False, steps_offset=1, set_alpha_to_one=ends_clean, **BETAS[2])
+    table = stock.alphas_cumprod.double().tolist()
+    options = {"alpha_bars": table, "timestep_spacing": "leading", "steps_offset": 1, "ends_clean": ends_clean}
+    ours = TransitionScheduler(50, "tabulated", options, eta=0.0)
+    stock.set_timesteps(steps)
+    ours.set_timesteps(steps)
+    assert ours.timesteps.tolist() == stock.timesteps.tolist()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for timestep in stock.timesteps.tolist():
+        output = torch.randn(4, 3, generator=torch.Generator().manual_seed(timestep))
+        expected = stock.step(output, timestep, x, return_dict=False)[0]
+        actual = ours.step(output, timestep, x, return_dict=False)[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        x = expected
+
+
+def test_steps_past_the_noisiest_level_are_refused() -> None:
+    scheduler = TransitionScheduler(
+        4, "tabulated", {"alpha_bars": [0.9, 0.8, 0.5, 0.1], "timestep_spacing": "leading", "steps_offset": 1}
+    )
+    assert scheduler.timesteps.tolist() == [3, 2, 1]
+    with pytest.raises(ValueError, match="`num_inference_steps` 4 with `steps_offset` 1 starts past the noisiest"):
+        scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="`steps_offset` must be 0"):
+        TransitionScheduler(1, "tabulated", {"alpha_bars": [0.5], "steps_offset": 1})

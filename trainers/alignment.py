@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from dmc_hub import checkpoint
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.divergence import candidate_spread, denoising_kl
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.iql import IQLConfig
 from dmc_hub.trainers.joint import SINGLE_METHODS, JointConfig, JointTrainer
-from dmc_hub.trainers.loop import episodes_that_fit, last_metrics, verify_part
+from dmc_hub.trainers.loop import last_metrics, verify_part
 from dmc_hub.trainers.online import EnvironmentMaker, OnlineCollector, OnlineConfig
 from dmc_hub.trainers.sampling import SamplingConfig
 from dmc_hub.trainers.sft import NoSamplesLeftError

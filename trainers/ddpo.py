@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -159,7 +160,8 @@ class DDPOTrainer(TruncatedTrainer):
         return self.args.batches_per_rollout * self.args.epochs_per_rollout
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
-        chunks = [self._sample_batch(generator) for _ in range(self.args.batches_per_rollout)]
+        pending = [self._sample_batch(generator) for _ in range(self.args.batches_per_rollout)]
+        chunks = [chunk() for chunk in pending]  # rewards that come from elsewhere were computed meanwhile
         return {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -176,7 +178,8 @@ class DDPOTrainer(TruncatedTrainer):
         steps = stds.nonzero().flatten()
         return steps[-(self.num_grad_steps or len(steps)) :]
 
-    def _sample_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def _sample_batch(self, generator: torch.Generator) -> Callable[[], dict[str, Tensor]]:
+        """Sample a micro-batch and ask for its rewards; the function returned waits for them and completes it."""
         size = self.args.per_device_train_batch_size
         condition = self.conditions(size // self.args.group_size, generator)
         condition = self.pipeline.repeat(condition, self.args.group_size)
@@ -189,22 +192,39 @@ class DDPOTrainer(TruncatedTrainer):
                 "The sampler is deterministic, so its steps have no log-probability: use a scheduler with `eta > 0` "
                 "and more than one inference step, or RewardGradientTrainer, DiffusionDPOTrainer or SFTTrainer."
             )
-        rewards = self.rewards(latents, condition)
-        self.log_metric("reward", rewards)
-        if self.args.entropy_coefficient > 0:
-            entropies = entropy_estimates(latents, self.args.group_size, self.pipeline.free_entries(condition))
-            self.log_metric("entropy", entropies)
-            rewards = rewards + self.args.entropy_coefficient * entropies
-        return {
+        rewards_to_come = self.rewards_to_come(latents, condition)
+        sampled = {
             "latents": torch.stack(trajectory.latents),
             "next_latents": torch.stack(trajectory.next_latents),
-            "log_probs": torch.stack(trajectory.log_probs),
             "timesteps": torch.tensor(trajectory.timesteps),
             "next_timesteps": torch.tensor(trajectory.next_timesteps),
             "stds": torch.tensor(trajectory.stds),
-            "advantages": self._advantages(rewards),
-            **pack("condition", condition),
         }
+        log_probs = trajectory.log_probs
+        if not self.pipeline.samples_as_trained:
+            log_probs = self._log_probs(sampled, condition)
+        sampled["log_probs"] = torch.stack(log_probs)
+
+        def complete() -> dict[str, Tensor]:
+            advantages = self._advantages(self._bonus(rewards_to_come(), latents, condition))
+            return {**sampled, "advantages": advantages, **pack("condition", condition)}
+
+        return complete
+
+    def _bonus(self, rewards: Tensor, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The rewards with that of entropy."""
+        self.log_metric("reward", rewards)
+        if self.args.entropy_coefficient == 0:
+            return rewards
+        entropies = entropy_estimates(latents, self.args.group_size, self.pipeline.free_entries(condition))
+        self.log_metric("entropy", entropies)
+        return rewards + self.args.entropy_coefficient * entropies
+
+    def _log_probs(self, sampled: dict[str, Tensor], condition: dict[str, Tensor]) -> list[Tensor]:
+        """Of every step under the policy that is trained, `(B,)` each, where it is not the one that sampled."""
+        mask = self.pipeline.free_entries(condition)
+        steps = [self._transition(sampled, step, condition) for step in range(len(sampled["stds"]))]
+        return [step.log_prob(x_s, mask) for step, x_s in zip(steps, sampled["next_latents"], strict=True)]
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         by_group = self.args.advantage_baseline == "group"
@@ -270,9 +290,9 @@ class DDPOTrainer(TruncatedTrainer):
     def _transition(
         self, inputs: dict[str, Tensor], step: int, condition: dict[str, Tensor], network: nn.Module | None = None
     ) -> GaussianTransition:
-        x_t, timestep = inputs["latents"][step], int(inputs["timesteps"][step])
+        x_t, timestep = inputs["latents"][step], inputs["timesteps"][step].item()
         output = self.pipeline.predict(x_t, timestep, condition, network)
-        return self.pipeline.scheduler.transition(output, x_t, timestep, int(inputs["next_timesteps"][step]))
+        return self.pipeline.scheduler.transition(output, x_t, timestep, inputs["next_timesteps"][step].item())
 
     def _credits(self, inputs: dict[str, Tensor]) -> Tensor:
         """`kappa_t` of every denoising step, `(N,)` or for each sample `(N, B)` (section 3.1); 0 without a density."""

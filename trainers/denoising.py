@@ -9,11 +9,12 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.data import Episodes
 from dmc_hub.features import require_images
 from dmc_hub.losses import denoising_loss
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import adapter_to_train, episodes_that_fit, require_transitions
+from dmc_hub.trainers.loop import adapter_to_train, require_transitions
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
+from dmc_hub.conditions import EpisodeConditions
 from dmc_hub.losses import denoising_loss, diffusion_dpo_loss, plackett_luce_loss
 from dmc_hub.trainers.candidates import CandidatesConfig, CandidatesTrainer
 from dmc_hub.trainers.sampling import pack, unpack
@@ -85,9 +86,11 @@ class DiffusionDPOTrainer(CandidatesTrainer):
         super().__init__(*args, **kwargs)
         self.require_reference()
         if self.args.pairs == "data":
-            first = self.pipeline.normalizer.normalize_observations(
-                self.windows.history(torch.arange(len(self.windows))).to(self.args.device)
-            )
+            if not isinstance(self.source, EpisodeConditions):
+                raise ValueError("`pairs` 'data' needs windows of episodes: set it to 'sampled'.")
+            self.windows = self.source.windows
+            history = self.windows.history(torch.arange(len(self.windows))).to(self.args.device)
+            first = self.pipeline.normalizer.normalize_observations(history)
             self._states = first.flatten(1).cpu().numpy()
             self._neighbours = cKDTree(self._states)
 
@@ -180,7 +183,7 @@ class DiffusionDPOTrainer(CandidatesTrainer):
         """`omega(lambda_t) ||eps - eps_theta||^2` of each member of each group in one forward, shape `(B, G)`."""
         group, scheduler = inputs["samples"].shape[1], self.pipeline.scheduler
         condition = {name: torch.cat([value] * group) for name, value in unpack("condition", inputs).items()}
-        timesteps, noise = inputs["timesteps"].repeat(group), inputs["noise"].repeat(group, 1, 1)
+        timesteps, noise = inputs["timesteps"].repeat(group), torch.cat([inputs["noise"]] * group)
         x0 = inputs["samples"].transpose(0, 1).flatten(0, 1)
         x_t = scheduler.add_noise(x0, noise, timesteps)
         clean, _ = scheduler.predict(self.pipeline.predict(x_t, timesteps, condition), x_t, timesteps)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.losses import expectile_loss
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import episodes_that_fit
 
 
 @dataclass(kw_only=True)

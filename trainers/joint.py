@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.rewards import RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-from dmc_hub.trainers.loop import episodes_that_fit
 from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer, pack, unpack
@@ -48,6 +48,9 @@ class JointConfig(SamplingConfig):
         unknown = [name for name in (*self.members, *self.weights) if name not in SINGLE_METHODS]
         if unknown or not self.members:
             raise ValueError(f"`members` must be among {', '.join(SINGLE_METHODS)}; got {list(self.members)}.")
+        members = self.members.values()
+        if self.pretraining_coefficient > 0 or any("pretraining_coefficient" in settings for settings in members):
+            raise ValueError("`pretraining_coefficient` must stay 0: only the losses of `members` are summed.")
         stray = set(self.weights) - set(self.members)
         if stray:
             raise ValueError(f"`weights` names {', '.join(sorted(stray))}, which `members` does not.")

@@ -24,8 +24,6 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from dmc_hub import checkpoint
-from dmc_hub.data import Episodes
-from dmc_hub.features import encode_episodes
 
 
 class MicroSteps:
@@ -126,24 +124,6 @@ def freeze_all_but(
     for parameter in trainable:
         parameter.requires_grad_(True)
     return trainable
-
-
-def episodes_that_fit(pipeline: Any, data: Any) -> Episodes:
-    """`Episodes.ensure(data)`, of the widths that the pipeline was built for.
-
-    Images that an image policy sees become features here, once: its encoder is frozen.
-
-    Raises:
-        ValueError: the data's observations or actions have another width, or it lacks images of a camera.
-    """
-    episodes = Episodes.ensure(data)
-    if pipeline.components.get("vision_encoder") is not None and episodes.images:
-        episodes = encode_episodes(pipeline, episodes)
-    for name in ("observation", "action"):
-        got, wanted = getattr(episodes, f"{name}_dim"), getattr(pipeline, f"{name}_dim")
-        if got != wanted:
-            raise ValueError(f"`train_dataset` has {name}s of width {got}, but the pipeline is for width {wanted}.")
-    return episodes
 
 
 @cache

@@ -14,11 +14,12 @@ from gymnasium.vector import VectorEnv
 
 from dmc_hub import checkpoint
 from dmc_hub.agent import Agent
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.data import Episodes
 from dmc_hub.data.episodes import IMAGE_PREFIX
 from dmc_hub.rollout import Rollouts, run_episodes
 from dmc_hub.trainers.iql import IQLConfig, IQLTrainer
-from dmc_hub.trainers.loop import episodes_that_fit, hash_seed, last_metrics, verify_part
+from dmc_hub.trainers.loop import hash_seed, last_metrics, verify_part
 
 EnvironmentMaker = Callable[[], VectorEnv[Any, Any, Any]]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dmc_hub.losses import denoising_loss
-from dmc_hub.rewards import call_reward
 from dmc_hub.trainers.sampling import pack, unpack
 from dmc_hub.trainers.truncated import TruncatedConfig, TruncatedTrainer
 
@@ -57,12 +56,16 @@ class RewardGradientTrainer(TruncatedTrainer):
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size
-        batch = self.windows.gather(torch.randint(len(self.windows), (size,), generator=generator))
+        examples = self._examples(size, generator) if self.source.has_examples else {}
         return {
             **pack("condition", self.conditions(size, generator)),
-            **pack("data", batch),
+            **examples,
             **self.noise_levels(size, generator),
         }
+
+    def _examples(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x0, condition = self.source.examples(size, generator)
+        return {"x0": x0, **pack("example", condition)}
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         return buffer
@@ -83,7 +86,7 @@ class RewardGradientTrainer(TruncatedTrainer):
             denoiser=self.network,
             num_grad_steps=self.num_grad_steps or num_steps,
         )
-        rewards = call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+        rewards = self.rewards(latents, condition)
         if not rewards.requires_grad:
             raise ValueError(
                 "`reward_function` returns rewards without gradient: RewardGradientTrainer needs a differentiable one. "
@@ -92,13 +95,16 @@ class RewardGradientTrainer(TruncatedTrainer):
         self.log_metric("reward", rewards)
         loss = -rewards.mean()
         if self.args.reference_coefficient > 0 and self.pipeline.lora_names:
-            distance = self._distance_to_reference(inputs)
+            distance = self._distance_to_reference(inputs, latents.detach())
             self.log_metric("reference_distance", distance)
             loss = loss + self.args.reference_coefficient * distance
         return loss
 
-    def _distance_to_reference(self, inputs: dict[str, Tensor]) -> Tensor:
-        x0, condition = self.pipeline.encode(unpack("data", inputs))
+    def _distance_to_reference(self, inputs: dict[str, Tensor], samples: Tensor) -> Tensor:
+        """On examples of the data, or on the samples themselves if it holds none."""
+        x0, condition = samples, unpack("condition", inputs)
+        if "x0" in inputs:
+            x0, condition = inputs["x0"], unpack("example", inputs)
         condition = self.pipeline.complete_condition(condition, self.generator("reference"))
         x_t = self.pipeline.scheduler.add_noise(x0, inputs["noise"], inputs["timesteps"])
         prediction = self.pipeline.predict(x_t, inputs["timesteps"], condition, self.network)

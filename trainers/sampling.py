@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmc_hub.losses import group_advantages
+from dmc_hub.image_rewards import JointReward
+from dmc_hub.losses import denoising_loss, group_advantages
+from dmc_hub.remote_rewards import HTTPReward
 from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
-from dmc_hub.trainers.loop import episodes_that_fit, require_transitions
+from dmc_hub.trainers.loop import require_transitions
 
 
 @dataclass(kw_only=True)
@@ -25,10 +28,20 @@ class SamplingConfig(DiffusionConfig):
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Denoising steps while sampling; the pipeline's own by default."}
     )
+    pretraining_coefficient: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the denoising loss on data, in a backward pass of its own of the same optimizer step."
+        },
+    )
+    pretraining_batch_size: int | None = field(
+        default=None, metadata={"help": "Its batch per process and micro-step; the training batch size by default."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("per_device_train_batch_size", "num_inference_steps")
+        self.require_positive("per_device_train_batch_size", "num_inference_steps", "pretraining_batch_size")
+        self.require_not_negative("pretraining_coefficient")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 raise ValueError(f"`{name}` must be one of {', '.join(get_args(hint))}; got {getattr(self, name)!r}.")
@@ -54,8 +67,13 @@ class SamplingTrainer(DiffusionTrainer):
     which part a micro-step takes (`draw`). The buffer is part of the checkpoint, so that a run can be resumed in the
     middle of one.
 
-    `train_dataset` is an `Episodes` or a `datasets.Dataset` with its columns; only its observations are used, as
-    conditions. `reward_function` is `critic_reward(pipeline)` by default.
+    `train_dataset` is what the pipeline's `condition_source` takes: for planners and policies `Episodes` or a
+    `datasets.Dataset` with its columns, of which only the observations are used, as conditions. `reward_function` is
+    `critic_reward(pipeline)` by default.
+
+    `pretraining_dataset` is for `pretraining_coefficient`: data with examples, which is `train_dataset` by default. The
+    loss is that of pretraining, without guidance; its gradient is added to that of the algorithm before the optimizer
+    steps, as if both were one loss, at the memory of the larger.
     """
 
     args: Any
@@ -67,16 +85,21 @@ class SamplingTrainer(DiffusionTrainer):
         *,
         train_dataset: Any,
         reward_function: RewardFunction | None = None,
+        pretraining_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         if reward_function is not None and not callable(reward_function):
             raise ValueError(f"`reward_function` must be callable, got {type(reward_function).__name__}.")
         require_transitions(pipeline)
-        super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
+        processes = {"process_index": args.process_index, "num_processes": args.world_size}
+        self.source: Any = pipeline.condition_source(train_dataset, **processes)
+        self._pretraining_source = self.source
+        if pretraining_dataset is not None:
+            self._pretraining_source = pipeline.condition_source(pretraining_dataset, **processes)
+        if args.pretraining_coefficient > 0 and not self._pretraining_source.has_examples:
+            raise ValueError("`pretraining_coefficient` needs data with clean samples: pass `pretraining_dataset`.")
+        super().__init__(pipeline, args, train_dataset=self.source.data, **kwargs)
         self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
-        self.windows = self.train_dataset.windows(
-            pipeline.config.horizon, pipeline.num_observation_steps, pipeline.num_past_actions
-        )
         self._buffer: dict[str, Tensor] = {}
         self._check_reward_function()
 
@@ -104,10 +127,47 @@ class SamplingTrainer(DiffusionTrainer):
         return self.draw(self._buffer, position, self.generator("draw"))
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {name: tensor.contiguous() for name, tensor in self._buffer.items()}
+        buffer = {name: tensor.contiguous() for name, tensor in self._buffer.items()}
+        return {**buffer, **{k: v for name, part in self._parts().items() for k, v in pack(name, part.state()).items()}}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self._buffer = {name: tensor.to(self.args.device) for name, tensor in state.items()}
+        parts = self._parts()
+        for name, part in parts.items():
+            part.load_state(unpack(name, state))
+        buffer = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in parts}
+        self._buffer = {name: tensor.to(self.args.device) for name, tensor in buffer.items()}
+
+    def _parts(self) -> dict[str, Any]:
+        """What keeps a state of its own."""
+        parts = {"source": self.source}
+        if self._pretraining_source is not self.source:
+            parts["pretraining"] = self._pretraining_source
+        if isinstance(self.reward_function, JointReward):
+            parts["reward_function"] = self.reward_function
+        return parts
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self.args.pretraining_coefficient > 0:
+            self.micro_step = inputs["micro_step"]
+            with self.compute_loss_context_manager():
+                loss = self._pretraining_loss(self.generator("pretraining"))
+            self.log_metric("pretraining_loss", loss)
+            share = self.args.pretraining_coefficient / self.args.gradient_accumulation_steps
+            self.accelerator.backward(share * loss)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _pretraining_loss(self, generator: torch.Generator) -> Tensor:
+        size = self.args.pretraining_batch_size or self.args.per_device_train_batch_size
+        x0, condition = self._pretraining_source.examples(size, generator)
+        condition = self.pipeline.complete_condition(condition, generator)
+        levels = {name: value.to(x0.device) for name, value in self.noise_levels(size, generator).items()}
+        scheduler, timesteps, noise = self.pipeline.scheduler, levels["timesteps"], levels["noise"]
+        with self.pipeline.unguided():
+            prediction = self.pipeline.predict(scheduler.add_noise(x0, noise, timesteps), timesteps, condition)
+        target = scheduler.training_target(x0, noise, timesteps)
+        return denoising_loss(prediction, target, self.pipeline.free_entries(condition)).mean()
 
     def _run_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """A buffer that was filled under other settings of the algorithm means nothing under these."""
@@ -118,14 +178,25 @@ class SamplingTrainer(DiffusionTrainer):
     # What subclasses use
 
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Conditions at `count` observations drawn from the data."""
-        steps = torch.randint(len(self.windows), (count,), generator=generator)
-        condition = self.pipeline.observation_condition(self.windows.history(steps).to(self.args.device))
-        return self.pipeline.complete_condition(condition, generator)
+        """`count` conditions drawn from the data."""
+        return self.pipeline.complete_condition(self.source.conditions(count, generator), generator)
+
+    def rewards_to_come(self, latents: Tensor, condition: dict[str, Tensor]) -> Callable[[], Tensor]:
+        """As `rewards`, but a remote reward function is only asked; the function returned waits for the answer."""
+        if not isinstance(self.reward_function, HTTPReward):
+            rewards = self.rewards(latents, condition)
+            return lambda: rewards
+        samples = self.pipeline.decode(latents, condition)
+        answer = self.reward_function.submit(*samples)
+        return lambda: call_reward(lambda *_: answer(), *samples)
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Checked rewards `(B,)` of normalised samples."""
-        return call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+        """Checked rewards `(B,)` of latents."""
+        rewards = call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+        if isinstance(self.reward_function, JointReward):
+            for name, mean in self.reward_function.means.items():
+                self.log_metric(f"reward_{name}", mean)
+        return rewards
 
     def noise_levels(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What noises `size` samples: their `timesteps` and `noise`."""
@@ -182,14 +253,17 @@ class SamplingTrainer(DiffusionTrainer):
         rewards = rewards.reshape(-1, num_candidates)
         order = rewards.argsort(dim=1, descending=True)
         latents = latents.unflatten(0, (-1, num_candidates))
-        return latents.gather(1, order[:, :, None, None].expand_as(latents)), rewards.gather(1, order)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return latents[rows, order], rewards.gather(1, order)
 
     def _check_reward_function(self) -> None:
         """Call the reward function once on data, so that a broken one is found before anything is trained."""
-        count = min(4, self.train_dataset.num_steps)
-        batch = {name: value.to(self.args.device) for name, value in self.windows.gather(torch.arange(count)).items()}
+        state = {name: part.state() for name, part in self._parts().items()}
         with torch.no_grad():
-            self.rewards(*self.pipeline.encode(batch))
+            self.rewards(*self.source.trial())
+        self._metrics = {}
+        for name, part in self._parts().items():
+            part.load_state(state[name])
 
 
 def pack(prefix: str, condition: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -74,6 +74,11 @@ class SFTTrainer(SamplingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.require_reference()
+        if self.args.likelihood_quantile < 1 and not self.source.has_examples:
+            raise ValueError(
+                "`likelihood_quantile` compares samples with those of the data, and `train_dataset` holds none: leave "
+                "it at 1."
+            )
 
     @property
     def micro_steps_per_buffer(self) -> int:
@@ -86,18 +91,21 @@ class SFTTrainer(SamplingTrainer):
             )
         samples = ranked[:, : self.args.num_best].flatten(0, 1)
         condition = self.pipeline.repeat(condition, self.args.num_best)
-        rows = torch.randint(len(self.windows), (len(samples),), generator=generator)
-        data = {name: value.to(samples.device) for name, value in self.windows.gather(rows).items()}
-        real, real_condition = self.pipeline.encode(data)
-        real_condition = self.pipeline.complete_condition(real_condition, generator)
-        of_data = self.accelerator.gather(self._unlikeliness(real, real_condition, generator))
-        threshold = of_data.quantile(self.args.likelihood_quantile)
-        unlikeliness = self._unlikeliness(samples, condition, generator)
-        accepted = unlikeliness <= threshold
-        self.log_metric("unlikeliness", unlikeliness)
+        accepted = self._accepted(samples, condition, generator)
         self.log_metric("rejected_share", 1 - accepted.float())
         self.log_metric("kept_reward", rewards[:, : self.args.num_best])
         return {"samples": samples, "accepted": accepted, **pack("condition", condition)}
+
+    def _accepted(self, samples: Tensor, condition: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """Which samples are likely enough, `(B,)`; all, if the data hold no examples to compare with."""
+        if not self.source.has_examples:
+            return torch.ones(len(samples), dtype=torch.bool, device=samples.device)
+        real, real_condition = self.source.examples(len(samples), generator)
+        real_condition = self.pipeline.complete_condition(real_condition, generator)
+        of_data = self.accelerator.gather(self._unlikeliness(real, real_condition, generator))
+        unlikeliness = self._unlikeliness(samples, condition, generator)
+        self.log_metric("unlikeliness", unlikeliness)
+        return unlikeliness <= of_data.quantile(self.args.likelihood_quantile)
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size

@@ -241,7 +241,7 @@ def test_sft_refuses_samples_the_foundation_finds_unlikely(make_pipeline: MakePi
     make_trainer("denoising", pipeline, episodes, max_steps=150, learning_rate=3e-3).train()
     trainer = make_trainer("sft", pipeline, episodes, max_steps=1, num_conditions=64)
     generator = torch.Generator().manual_seed(0)
-    data, condition = pipeline.encode(trainer.windows.gather(torch.arange(64)))
+    data, condition = pipeline.encode(trainer.source.windows.gather(torch.arange(64)))
     real = trainer._reference_errors(data, condition, generator)
     far = trainer._reference_errors(data + 4.0, condition, generator)
     assert far.min() > real.max()

@@ -208,7 +208,7 @@ def test_pairs_from_data_are_the_best_and_worst_of_the_nearest_windows(
     settings = {"pairs": "data", "preference": preference, "num_candidates": 5, "max_pair_distance": 0.01}
     trainer = make_trainer(pipeline, distinct, num_conditions=40, **settings)
     buffer = trainer.collect(seeded())
-    windows = trainer.windows
+    windows = trainer.source.windows
     everything = windows.gather(np.arange(len(windows)))
     latents, _ = pipeline.encode(everything)
     states = pipeline.normalizer.normalize_observations(everything["observations"][:, 0])

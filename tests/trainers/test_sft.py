@@ -111,7 +111,7 @@ def test_the_foundation_is_asked_for_the_likelihood(make_pipeline: MakePipeline,
         train_dataset=episodes,
         peft_config=LoraConfig(r=4, init_lora_weights=False),
     )
-    x0, condition = pipeline.encode(trainer.windows.gather(torch.arange(8)))
+    x0, condition = pipeline.encode(trainer.source.windows.gather(torch.arange(8)))
     levels = trainer.args.num_likelihood_levels
     adapted = negative_elbo(pipeline, x0, condition, num_levels=levels, generator=seeded())
     with pipeline.lora_disabled():
