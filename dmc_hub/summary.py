@@ -78,7 +78,7 @@ def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "returns_after": after["returns"],
         "scores_before": before["scores"],
         "scores_after": after["scores"],
-        "score_name": first.get("score_name"),
+        "score_name": first["score_name"],
         "std_before": before["std"],
         "std_after": after["std"],
         "gain": after["mean"] / before["mean"] - 1 if before["mean"] > 0 else None,
@@ -151,7 +151,7 @@ def _card(summary: Mapping[str, Any], picture: str) -> str:
         (best, _entry(control), _entry(after)),
     ]
     measures = {"success_rate": "success rate", "normalized_score": summary["score_name"]}
-    if summary["score_name"] == summary["metric"]:
+    if summary["score_name"] in (summary["metric"], "success rate"):
         del measures["normalized_score"]
     before, aligned = (
         {"success_rate": summary[f"success_{when}"], "normalized_score": summary[f"normalized_score_{when}"]}
