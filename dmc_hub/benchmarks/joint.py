@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 
 GROUP = 16
+BRIGHTEST = 0.175
+"""Mean of the brightest pictures of the data: more earns nothing, or black on white would earn most."""
+JOINT_WEIGHTS = {"text": 2.0}
+"""Parity and brightness are easier to gain."""
 REWARDS = ("text", "parity", "brightness")
 MEASURES = {"text": "accuracy", "parity": "parity_distance", "brightness": "brightness"}
 
@@ -38,7 +43,8 @@ class JointMiniature:
     """Trains a base, a model for each reward, and joint models, and measures all of them.
 
     The rewards are: that a classifier reads the digit of the prompt (log-probability), parity of the four tones among
-    the pictures of a prompt, and brightness. They are measured by a classifier that no reward knows.
+    the pictures of a prompt, and brightness up to that of the data's brightest. They are measured by a classifier that
+    no reward knows.
 
     - `<reward> only` and `joint`: NFT, all rewards on every picture, each normalised by prompt and then summed, credit
       for parity by leaving one out.
@@ -93,8 +99,8 @@ class JointMiniature:
         functions = digit_rewards(reader)
         runs: dict[str, Callable[[Any], None]] = {}
         for name in REWARDS:
-            runs[f"{name} only"] = lambda pipeline, name=name: self._nft(pipeline, {name: functions[name]}, data)  # type: ignore[misc]
-        runs["joint"] = lambda pipeline: self._nft(pipeline, functions, data)
+            runs[f"{name} only"] = partial(self._nft, functions={name: functions[name]}, data=data)
+        runs["joint"] = partial(self._nft, functions=functions, data=data, weights=JOINT_WEIGHTS)
         shared = {**functions, "parity": digit_parity(reader, credit="shared")}
         runs["joint, Algorithm 1"] = lambda pipeline: self._algorithm_1(pipeline, shared, data)
         runs["parity, shared credit"] = lambda pipeline: self._ddpo(
@@ -105,7 +111,13 @@ class JointMiniature:
         )
         return runs
 
-    def _nft(self, pipeline: Any, functions: Mapping[str, Any], data: DigitPictures) -> None:
+    def _nft(
+        self,
+        pipeline: Any,
+        functions: Mapping[str, Any],
+        data: DigitPictures,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         policy = TextToImagePolicy(
             pipeline, scheduler=transition_scheduler(pipeline.scheduler, eta=0.0), num_inference_steps=10
         )
@@ -122,7 +134,7 @@ class JointMiniature:
             policy,
             config,
             train_dataset=list(DIGITS),
-            reward_function=JointReward(functions),
+            reward_function=JointReward(functions, weights=weights),
             pretraining_dataset=data.rows(),
         ).train()
 
@@ -157,7 +169,7 @@ class JointMiniature:
             "max_steps": max_steps,
             "seed": self.seed,
             "lr_scheduler_type": "constant",
-            "pretraining_coefficient": 0.1,
+            "pretraining_coefficient": 1.0,
             "pretraining_batch_size": 64,
         }
 
@@ -177,7 +189,7 @@ class JointMiniature:
             "accuracy": float((digits.argmax(1) == wanted).float().mean()),
             "tone_accuracy": float((named_tones.argmax(1) == wanted_tones).float().mean()),
             "parity_distance": float(torch.linalg.vector_norm(histograms - 1 / len(TONES), dim=1).mean()),
-            "brightness": float(images.mean()),
+            "brightness": float(images.mean((1, 2, 3)).clamp(max=BRIGHTEST).mean()),
         }
 
     def _pictures(self, policy: TextToImagePolicy, prompts: list[str], count: int) -> Tensor:
@@ -194,7 +206,7 @@ def digit_rewards(reader: DigitClassifier) -> dict[str, Callable[..., Tensor]]:
         return reader(images)[0].gather(1, wanted[:, None])[:, 0].clamp(min=-5)
 
     def brightness(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-        return images.mean((1, 2, 3))
+        return images.mean((1, 2, 3)).clamp(max=BRIGHTEST)
 
     return {"text": text, "parity": digit_parity(reader, credit="leave_one_out"), "brightness": brightness}
 
