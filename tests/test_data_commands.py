@@ -78,7 +78,7 @@ def test_a_view_has_frames_where_there_are_images(raw: Path, tmp_path: Path) -> 
 
 def test_what_data_goes_on_with(capsys: Any) -> None:
     assert cli.main(["data"]) == 2
-    assert "`data` goes on with convert, export, info" in capsys.readouterr().err
+    assert "`data` goes on with collect, convert, export, info" in capsys.readouterr().err
     assert cli.main(["data", "inf"]) == 2
     assert "`data inf` is not a command (did you mean `data info`" in capsys.readouterr().err
     assert run("info", "--source", "nowhere.hdf5", "--format", "d4rl") == 2
@@ -87,7 +87,7 @@ def test_what_data_goes_on_with(capsys: Any) -> None:
 
 def test_export_and_view_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "dmc_hub.tasks.make_nav1d_dataset",
+        "dmc_hub.tasks.table.make_nav1d_dataset",
         lambda variant, num_episodes, seed: make_nav1d_dataset(variant, num_episodes=20, seed=seed),
     )
     assert run("export", "--task", "nav1d-full", "--output-dir", tmp_path / "nav") == 0

@@ -1,7 +1,7 @@
 """Push-T: geometry and rewards against gym-pusht's own, and what the wrappers promise."""
 
-import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,10 @@ def test_rollouts_know_success_and_the_highest_reward() -> None:
     assert set(rollouts.lengths) == {300}
 
 
-def test_coverage_of_the_human_demonstrations(tmp_path: Path) -> None:
+def test_coverage_of_the_human_demonstrations(tmp_path: Path, real_file: Callable[[str], Path]) -> None:
     """Their last recorded step covers 84.7 % of the goal on average (the data's own description)."""
     zarr = pytest.importorskip("zarr", reason="reads the demonstrations")
-    if "DMC_HUB_TEST_DATA" not in os.environ:
-        pytest.skip("DMC_HUB_TEST_DATA does not name a folder of data sets")
-    source = Path(os.environ["DMC_HUB_TEST_DATA"]) / "pusht/pusht_cchi_v7_replay.zarr.zip"
+    source = real_file("pusht/pusht_cchi_v7_replay.zarr.zip")
     zipfile.ZipFile(source).extractall(tmp_path)
     (folder,) = (path.parent for path in tmp_path.rglob(".zgroup") if (path.parent / "meta").is_dir())
     group = zarr.open_group(folder, mode="r")

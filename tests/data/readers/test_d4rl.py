@@ -1,5 +1,6 @@
 """D4RL's files: the same rows as h5py's and as `d4rl.qlearning_dataset`, and no trust in what they declare."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from dmc_hub.data import Episodes, convert, load_episodes, open_source
 from dmc_hub.data.readers import d4rl, hdf5
-from tests.data.readers.files import real, steps
+from tests.data.readers.files import steps
 
 h5py = pytest.importorskip("h5py", reason="HDF5 is the extra [hdf5]")
 
@@ -66,8 +67,8 @@ def assert_is_qlearning_dataset(episodes: Episodes, arrays: dict[str, Any], max_
 
 
 @pytest.mark.parametrize("name", ["random", "expert"])
-def test_hopper_is_what_h5py_reads(name: str) -> None:
-    path = real(f"hopper/hopper-{name}.hdf5")
+def test_hopper_is_what_h5py_reads(name: str, real_file: Callable[[str], Path]) -> None:
+    path = real_file(f"hopper/hopper-{name}.hdf5")
     episodes = load_episodes(path)
     with h5py.File(path) as file:
         for key in ("observations", "actions", "rewards", "next_observations"):

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from dmc_hub.data import Episodes, convert, load_episodes, open_source
-from tests.data.readers.files import real, steps
+from tests.data.readers.files import steps
 
 zarr = pytest.importorskip("zarr", reason="zarr is the extra [zarr]")
 ENDS = np.array([5, 6, 12])
@@ -89,8 +90,8 @@ def test_options(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rewarded.rewards, steps(12, 1, seed=1)[:, 0])
 
 
-def test_pusht_is_what_zarr_reads() -> None:
-    path = real("pusht/pusht_cchi_v7_replay.zarr.zip")
+def test_pusht_is_what_zarr_reads(real_file: Callable[[str], Path]) -> None:
+    path = real_file("pusht/pusht_cchi_v7_replay.zarr.zip")
     episodes = load_episodes(path, reward="zero")
     group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
     np.testing.assert_array_equal(episodes.observations, group["data/state"][:])
