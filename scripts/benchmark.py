@@ -60,7 +60,6 @@ def main() -> int:
     command.set_defaults(run=alignment)
     command.add_argument("--controller", choices=("planner", "policy"), default="planner")
     command.add_argument("--foundation", help="folder of a trained pipeline with its critic; by default one is trained")
-    command.add_argument("--seed", type=int, default=0)
     command.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of training steps")
     command = benchmarks.add_parser("data", help=data.__doc__)
     command.set_defaults(run=data)
@@ -71,8 +70,8 @@ def main() -> int:
     command.set_defaults(run=vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")
-    command.add_argument("--seed", type=int, default=0)
     for each in benchmarks.choices.values():
+        each.add_argument("--seed", type=int, default=0)
         each.add_argument("--output", help="JSON file; printed by default")
     arguments = parser.parse_args()
     result = {
