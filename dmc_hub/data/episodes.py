@@ -243,11 +243,12 @@ class Windows:
             all float32, and `valid` `(batch, horizon)`, bool.
         """
         starts = _as_indices(indices)
-        episodes, lead = self.episodes, self.num_past_actions
+        first = np.minimum(starts, len(self._runs["rewards"]) - 1)
+        acting = first if self.num_past_actions == 0 else np.clip(starts - self.num_past_actions, 0, first)
         batch = {
-            "observations": _runs(episodes.observations, starts, self.horizon),
-            "actions": _runs(episodes.actions, starts - lead, self.horizon),
-            "rewards": _runs(episodes.rewards, starts, self.horizon),
+            "observations": self._runs["observations"][first],
+            "actions": self._runs["actions"][acting],
+            "rewards": self._runs["rewards"][first],
             "valid": np.ones((len(starts), self.horizon), dtype=bool),
         }
         padded = np.flatnonzero(self._is_padded[starts])
@@ -257,6 +258,12 @@ class Windows:
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         is_short = self.num_observation_steps == 1
         return {**tensors, "observation_history": tensors["observations"][:, :1] if is_short else self.history(starts)}
+
+    @cached_property
+    def _runs(self) -> dict[str, np.ndarray]:
+        """By column, the `horizon` rows from each step on: whole runs of memory, and past the end whatever is there."""
+        names = ("observations", "actions", "rewards")
+        return {name: _runs(getattr(self.episodes, name), self.horizon) for name in names}
 
     @cached_property
     def _is_padded(self) -> np.ndarray:
@@ -347,13 +354,13 @@ def _image_feature(shape: tuple[int, ...]) -> datasets.List:
     return datasets.List(row, length=height)
 
 
-def _runs(array: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """`length` rows from each start on, a copy of whole runs of memory; what lies outside the array is arbitrary."""
+def _runs(array: np.ndarray, length: int) -> np.ndarray:
+    """The `length` rows from each row on, a view; a short array's only run ends with copies of its last row."""
     count = len(array) - length + 1
     if count < 1:
-        return array[np.clip(starts[:, None] + np.arange(length), 0, len(array) - 1)]
+        return array[np.minimum(np.arange(length), len(array) - 1)][None]
     shape, strides = (count, length, *array.shape[1:]), (array.strides[0], *array.strides)
-    return as_strided(array, shape, strides, writeable=False)[np.clip(starts, 0, count - 1)]
+    return as_strided(array, shape, strides, writeable=False)
 
 
 def _as_indices(indices: np.ndarray | Tensor) -> np.ndarray:
