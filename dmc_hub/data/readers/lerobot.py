@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,12 +28,14 @@ from dmc_hub.data.readers.source import (
     check_images,
     make_episode,
     make_rewards,
+    read_object,
 )
 
 VERSION = "v3.0"
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 REWARD, DONE, TRUNCATED = "next.reward", "next.done", "next.truncated"
 _EPISODE = "episode_index"
+_INFO = "meta/info.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class LeRobotSource(EpisodeSource):
 
     @classmethod
     def reads(cls, path: Path) -> bool:
-        return (path / "meta/info.json").is_file() and "codebase_version" in _read_info(path)
+        return (path / _INFO).is_file() and "codebase_version" in read_object(path, _INFO)
 
     @classmethod
     def locate(cls, source: str, options: Mapping[str, Any]) -> Path:
@@ -166,7 +167,7 @@ class LeRobotSource(EpisodeSource):
         return np.concatenate([as_vectors(_numbers(self.name, table, key)) for key in keys], axis=1)
 
     def _info(self) -> dict[str, Any]:
-        info = _read_info(self.path)
+        info = read_object(self.path, _INFO)
         if info.get("codebase_version") != VERSION:
             raise ValueError(f"`{self.path}` has the layout {info.get('codebase_version')!r}; {VERSION} is read.")
         if not isinstance(info.get("features"), dict):
@@ -275,19 +276,6 @@ def _read_batches(path: Path, columns: Sequence[str], num_rows: int) -> Iterator
             yield pa.Table.from_batches([batch]).replace_schema_metadata()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"`{path}` cannot be read: {error}. Copy it again.") from error
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    file = path / "meta/info.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"`{path}` lacks 'meta/info.json'.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{file}` is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{file}` must hold a mapping.")
-    return content
 
 
 def _width(path: Path, info: Mapping[str, Any], key: str) -> int:

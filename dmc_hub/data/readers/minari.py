@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,17 @@ import numpy as np
 
 from dmc_hub.data.episodes import Episodes
 from dmc_hub.data.readers import hdf5
-from dmc_hub.data.readers.source import Contents, EpisodeSource, as_vectors, check_images, check_numeric, make_episode
+from dmc_hub.data.readers.source import (
+    Contents,
+    EpisodeSource,
+    as_vectors,
+    check_images,
+    check_numeric,
+    make_episode,
+    read_object,
+)
 
+_METADATA = "data/metadata.json"
 _SPACES = ("observation_space", "action_space")
 
 
@@ -38,9 +46,9 @@ class MinariSource(EpisodeSource):
 
     @classmethod
     def reads(cls, path: Path) -> bool:
-        if not (path / "data/metadata.json").is_file():
+        if not (path / _METADATA).is_file():
             return False
-        return "data_format" in _read_metadata(path)
+        return "data_format" in read_object(path, _METADATA)
 
     @classmethod
     def locate(cls, source: str, options: Mapping[str, Any]) -> Path:
@@ -119,7 +127,7 @@ class MinariSource(EpisodeSource):
 
     def _open(self) -> Any:
         minari = _import_minari()
-        metadata = _read_metadata(self.path)
+        metadata = read_object(self.path, _METADATA)
         missing = [name for name in _SPACES if name not in metadata]
         if missing:  # Minari would then make the environment that the file names
             raise ValueError(f"`{self.path}`: 'data/metadata.json' lacks {', '.join(missing)}.")
@@ -164,19 +172,6 @@ def _import_minari() -> Any:
     except ImportError as error:
         raise ImportError('Minari datasets are read by minari: `pip install "dmc_hub[minari]"`.') from error
     return minari
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    file = path / "data/metadata.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"`{path}` lacks 'data/metadata.json'.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{file}` is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{file}` must hold a mapping.")
-    return content
 
 
 def _width(values: np.ndarray) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -169,6 +170,24 @@ def as_vectors(values: np.ndarray) -> np.ndarray:
     """Float32 of shape `(num_steps, width)`."""
     values = np.asarray(values)
     return as_float32(values.reshape(len(values), int(np.prod(values.shape[1:]))))
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of a folder.
+
+    Raises:
+        ValueError: it is missing or something else; the message names it.
+    """
+    file = folder / name
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"`{folder}` lacks {name!r}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{file}` is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{file}` must hold a mapping.")
+    return content
 
 
 def check_numeric(name: str, key: str, dtype: np.dtype) -> None:
