@@ -23,6 +23,7 @@ from torch import nn
 import dmc_hub
 from dmc_hub import checkpoint, plots
 from dmc_hub.agent import Agent
+from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.critic_diagnostics import diagnose_critic
 from dmc_hub.data import Episodes
 from dmc_hub.evaluation import (
@@ -35,7 +36,6 @@ from dmc_hub.evaluation import (
     summarize_records,
 )
 from dmc_hub.evaluation_cache import EvaluationCache, controller_fingerprint
-from dmc_hub.features import encode_episodes
 from dmc_hub.hub import load_pipeline
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import Preset, preset_of
@@ -145,9 +145,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
 def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) -> dict[str, Any]:
     start, task = time.perf_counter(), get_task(settings.task)
     episodes = task.episodes(settings.seed, settings.data)
-    pipeline, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
-    if pipeline.components.get("vision_encoder") is not None:
-        episodes = encode_episodes(pipeline, episodes)
+    pipeline, episodes, seconds_before = _foundation(settings, episodes, output_dir / "pipeline")
     before = _evaluations(settings, task, pipeline, "before", output_dir)
     aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
     _say(f"alignment: at most {settings.max_passes} × ({' → '.join(settings.methods)})")
@@ -367,13 +365,16 @@ def _cache_settings(
 
 def train_foundation(
     settings: RunSettings, episodes: Episodes, *, critic: nn.Module | None = None, denoiser: nn.Module | None = None
-) -> Any:
+) -> tuple[Any, Episodes]:
     """Train the preset's pipeline: denoiser, inverse dynamics where it has them, critic.
 
     Args:
         settings: task, controller, sampler, seed and scale count.
         episodes: the data.
         critic: a trained critic of the same data, to be copied instead of trained; likewise `denoiser`.
+
+    Returns:
+        The pipeline, and the data as it acts on them: an image policy's images are features.
     """
     preset = preset_of(get_task(settings.task), settings.controller, settings.sampler)
     pipeline = preset.build_pipeline(episodes, settings.seed)
@@ -390,15 +391,14 @@ def train_foundation(
         dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed)
         dynamics = dataclasses.replace(dynamics, max_steps=settings.scaled(dynamics.max_steps))
         InverseDynamicsTrainer(pipeline, dynamics, train_dataset=episodes).train()
+    episodes = episodes_that_fit(pipeline, episodes)
     if critic is not None:
         pipeline.critic.load_state_dict(critic.state_dict())
-        return pipeline
+        return pipeline, episodes
     _say("critic: IQL")
-    if pipeline.components.get("vision_encoder") is not None:
-        episodes = encode_episodes(pipeline, episodes)
     steps = settings.scaled(preset.critic_config().max_steps)
     IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
-    return pipeline
+    return pipeline, episodes
 
 
 def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
@@ -428,7 +428,7 @@ def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
         if (settings.controller, settings.sampler) == ("planner", "ddim"):
             shared["denoiser"] = pipeline.denoiser
     episodes = get_task(settings.task).episodes(settings.seed, settings.data)
-    trained = train_foundation(settings, episodes, **shared)
+    trained, _ = train_foundation(settings, episodes, **shared)
     with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
         trained.save_pretrained(stage)
     return folder
@@ -443,20 +443,25 @@ def finished_report(settings: RunSettings, folder: Path) -> dict[str, Any] | Non
     return checkpoint.load_json(folder / "report.json") if theirs == ours else None
 
 
-def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tuple[Any, float]:
-    """The trained pipeline and 0, or the one an earlier process has left and the seconds that it took."""
+def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tuple[Any, Episodes, float]:
+    """The pipeline, the data as it acts on them, and the seconds that an earlier process took if it has left it."""
     if folder.is_dir():
         manifest = checkpoint.verify(folder)
         _say(f"foundation and critic: found in {folder}")
-        return load_pipeline(folder), manifest.metadata.get("wall_seconds", 0.0)
+        pipeline = load_pipeline(folder)
+        return pipeline, episodes_that_fit(pipeline, episodes), manifest.metadata.get("wall_seconds", 0.0)
     start = time.perf_counter()
-    pipeline = _given_foundation(settings) if settings.foundation else train_foundation(settings, episodes)
+    if settings.foundation:
+        pipeline = _given_foundation(settings)
+        episodes = episodes_that_fit(pipeline, episodes)
+    else:
+        pipeline, episodes = train_foundation(settings, episodes)
     acting = {"action_selection": "greedy", "num_candidates": settings.num_candidates}
     pipeline.describe_task(**describe_task(get_task(settings.task)), **acting)
     facts = {**_facts(settings), "wall_seconds": time.perf_counter() - start}
     with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)
-    return pipeline, 0.0
+    return pipeline, episodes, 0.0
 
 
 def _given_foundation(settings: RunSettings) -> Any:
