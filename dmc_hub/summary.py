@@ -119,12 +119,8 @@ def _statistics(rows: Sequence[Mapping[str, Any]], when: str) -> dict[str, Any]:
     statistics = return_statistics(np.concatenate([row[f"returns_{when}"] for row in rows]))
 
     def by_seed(name: str) -> list[list[float]] | None:
-        lists: list[Any] = [row.get(f"{name}_{when}") for row in rows]
-        return (
-            None
-            if any(values is None for values in lists)
-            else [[float(f"{value:.7g}") for value in values] for values in lists]
-        )
+        lists = [row[f"{name}_{when}"] for row in rows]
+        return None if None in lists else [[float(f"{value:.7g}") for value in values] for values in lists]
 
     def mean(name: str) -> float | None:
         values = [row[when][name] for row in rows]
