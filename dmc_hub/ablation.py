@@ -16,7 +16,7 @@ from dmc_hub.presets import PRESETS, Preset
 from dmc_hub.recipes import OnlineSettings, RunSettings, align_task, finished_report, run_environment, shared_foundation
 from dmc_hub.report import learning_curve
 
-NUM_STAGES = 3
+MAX_PASSES = 10
 VARIANTS = (
     "rl",
     "dpo",
@@ -53,10 +53,9 @@ def ablate_alignment(
 ) -> list[dict[str, Any]]:
     """Align one foundation in every way and write nav1d-ablation.{json,png} and a card, nav1d-ablation.md.
 
-    Every variant may run as many stages as a pass of the sequence has, and ends by itself when a pass gains less than
-    one per cent. `rl` is the preset's method of reinforcement learning, `joint` the sum of the three losses
-    (`JointTrainer`), its only stage as long as the pass. Finished runs are found again; processes that work on
-    different controllers or seeds may share the folder.
+    Every variant goes on until a pass gains less than one per cent. `rl` is the preset's method of reinforcement
+    learning, `joint` the sum of the three losses (`JointTrainer`), one stage of it as long as a pass of the sequence.
+    Finished runs are found again; processes that work on different controllers or seeds may share the folder.
 
     Args:
         output_dir: one folder per run, and the results.
@@ -96,15 +95,13 @@ def variant_methods(variant: str, preset: Preset) -> tuple[str, ...]:
 def _settings(
     task: str, controller: str, preset: Preset, variant: str, seed: int, training_scale: float, num_episodes: int
 ) -> RunSettings:
-    methods = variant_methods(variant, preset)
-    stages = NUM_STAGES // len(preset.methods) if variant == "joint" else NUM_STAGES // len(methods)
     return RunSettings(
         task=task,
         controller=controller,
         sampler="ddpm",
         seed=seed,
-        methods=methods,
-        max_passes=stages,
+        methods=variant_methods(variant, preset),
+        max_passes=MAX_PASSES,
         min_gain=0.01,
         validations_per_stage=4,
         num_retries=1,
@@ -191,9 +188,9 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_sca
     card: dict[str, Any] = {
         "title": "Nav1D: what each alignment method adds",
         "introduction": f"Every variant aligns the same foundations on {task}, {len(rows[0]['seeds'])} training "
-        f"seed(s), {num_episodes} evaluation episodes each, for at most {NUM_STAGES} stages (`joint`: one, as "
-        "long as a pass of the sequence), and stops by itself when a pass gains less than 1 %. ± is the standard "
-        "deviation over episodes, mean over the training seeds.",
+        f"seed(s), {num_episodes} evaluation episodes each, and stops by itself when a pass gains less than 1 % (a "
+        "stage of `joint` is as long as a pass of the sequence). ± is the standard deviation over episodes, mean over "
+        "the training seeds.",
         "command": f"dmc-hub ablate-alignment --output-dir runs/nav1d-ablation --num-episodes {num_episodes}"
         f"{'' if training_scale == 1 else ' --quick'}",
         "table": "\n".join(lines),

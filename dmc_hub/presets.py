@@ -162,6 +162,7 @@ def nav1d(
         "polyak": 0.01,
         **critic,
     }
+    few_forwards = {"num_inference_steps": 5, "num_conditions": 32, "per_device_train_batch_size": 128}
     if controller == "policy":
         return Preset(
             build_pipeline=functools.partial(build_nav1d_policy, sampler=sampler),
@@ -170,10 +171,10 @@ def nav1d(
             methods=(policy_rl, "dpo", "sft"),
             stages={
                 "ddpo": {"max_steps": 300},
-                "reward_gradient": {"max_steps": 150},
-                "nft": {"max_steps": 200},
+                "reward_gradient": {"max_steps": 150, "per_device_train_batch_size": 64},
+                "nft": {"max_steps": 200, **few_forwards},
                 "dpo": {"max_steps": 200},
-                "sft": {"max_steps": 150, "steps_per_buffer": 75},
+                "sft": {"max_steps": 150, "steps_per_buffer": 75, "sample_from_reference": False},
             },
             num_candidates=8,
             max_coherency_drop=max_policy_coherency_drop,
@@ -187,9 +188,14 @@ def nav1d(
         stages={
             "ddpo": {"max_steps": 80, "learning_rate": 1e-3 if sampler in ("sm", "fm") else 5e-4},
             "reward_gradient": {"max_steps": 60, "per_device_train_batch_size": 64},
-            "nft": {"max_steps": 100},
+            "nft": {"max_steps": 120, "learning_rate": 2e-3, **few_forwards},
             "dpo": {"max_steps": 60, "per_device_train_batch_size": 64},
-            "sft": {"max_steps": 75, "per_device_train_batch_size": 128, "steps_per_buffer": 75},
+            "sft": {
+                "max_steps": 75,
+                "per_device_train_batch_size": 128,
+                "steps_per_buffer": 75,
+                "sample_from_reference": False,
+            },
         },
         num_candidates=16,
         cascade={"max_steps": 150, "per_device_train_batch_size": 128, "num_conditions": 128},

@@ -64,7 +64,7 @@ class AlignmentConfig:
         default=2, metadata={"help": "A stage has converged after so many validations without a better return."}
     )
     max_return_drop: float = field(
-        default=0.02, metadata={"help": "A stage that ends below (1 - this) times the best return is rolled back."}
+        default=0.0, metadata={"help": "A stage that ends below (1 - this) times the best return is rolled back."}
     )
     max_coherency_drop: float = field(
         default=0.1,
