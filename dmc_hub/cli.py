@@ -128,6 +128,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "make a task's data: random, scripted or trained behaviour, in D4RL's qualities",
             "dmc-hub data collect --task metaworld-button-press --output-dir data/button-press --num-episodes 200",
         ),
+        "data validate": Command(
+            "dmc_hub.data_commands:data_validate",
+            "everything that is wrong with data, by kind, episode and step; exit code 2 if anything is",
+            "dmc-hub data validate --source data/pusht --task push-t",
+        ),
         "data stats": Command(
             "dmc_hub.data_commands:data_stats",
             "episodes, lengths, returns, and the moments of every column, as JSON",
