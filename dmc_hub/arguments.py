@@ -31,6 +31,10 @@ class TaskArguments:
             "Hub, one after the other; FILE[:N] takes the first N steps. By default what the task makes by itself."
         },
     )
+    allow_defects: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Kinds of defects, as `dmc-hub data validate` names them, to train on all the same."},
+    )
 
 
 @dataclass(kw_only=True)

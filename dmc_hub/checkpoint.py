@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from dmc_hub.errors import DmcHubError
 from dmc_hub.version import __version__
 
 MANIFEST_NAME = "manifest.json"
@@ -40,7 +41,7 @@ _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>stage|old|trash)-(?P<host>.+)-(?
 _own_stages: set[Path] = set()  # a stage with our process id that is not listed here is from an earlier process
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DmcHubError, ValueError):
     """A checkpoint is incomplete, was changed after it was written, or does not fit what it is loaded
     into."""
 

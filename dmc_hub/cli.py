@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any
 
 import dmc_hub
+from dmc_hub.errors import EXIT_CODES, DmcHubError
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -33,7 +35,8 @@ adapter."""
 EPILOG = """\
 `dmc-hub COMMAND --help` lists the options of a command. Options may also come from a file: `--config FILE`
 reads defaults from YAML (`learning_rate: 1e-4`); what the command line says goes before what the file says.
-Exit codes: 0 done, 1 a failure of the program, 2 wrong input (one line says what to do), 130 interrupted."""
+An error is one line on stderr; `--debug` or DMC_HUB_TRACEBACK=1 shows the traceback too. Exit codes:
+""" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "dmc_hub.commands:collect_data",
             "make a task's data: random, scripted or trained behaviour, in D4RL's qualities",
             "dmc-hub data collect --task metaworld-button-press --output-dir data/button-press --num-episodes 200",
+        ),
+        "data validate": Command(
+            "dmc_hub.data_commands:data_validate",
+            "everything that is wrong with data, by kind, episode and step; exit code 2 if anything is",
+            "dmc-hub data validate --source data/pusht --task push-t",
         ),
         "data stats": Command(
             "dmc_hub.data_commands:data_stats",
@@ -225,15 +233,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = _command_name(argv[start:])
     try:
         run_command(name, argv[start + len(name.split()) :])
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:  # their messages are written for the user
-        if options.debug:
+    except KeyboardInterrupt as error:
+        print(f"{PROGRAM}: {_one_line(error) or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
+    except Exception as error:
+        if options.debug or os.environ.get("DMC_HUB_TRACEBACK", "") not in ("", "0"):
             raise
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        print(f"{PROGRAM}: error: {_explained(error)}", file=sys.stderr)
+        return _exit_code(error)
     return 0
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, DmcHubError):
+        return error.exit_code
+    return 2 if isinstance(error, (ValueError, OSError, ImportError)) else 1
+
+
+def _explained(error: Exception) -> str:
+    """One line: the message where it was written for the user, else what happened and how to see where."""
+    if isinstance(error, (DmcHubError, ValueError, OSError, ImportError, FloatingPointError)):
+        return _one_line(error) or type(error).__name__
+    return (
+        f"{type(error).__name__}: {_one_line(error)} This is a failure inside the program; DMC_HUB_TRACEBACK=1 shows "
+        "where."
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _command_name(words: Sequence[str]) -> str:
@@ -319,7 +347,7 @@ def _main_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {dmc_hub.__version__}")
-    parser.add_argument("--debug", action="store_true", help="on wrong input, show the traceback too")
+    parser.add_argument("--debug", action="store_true", help="on an error, show the traceback")
     return parser
 
 

@@ -28,14 +28,16 @@ from dmc_hub.arguments import (
     ReproduceNav1DArguments,
     StageArguments,
     SummarizeArguments,
+    TaskArguments,
     require_positive,
 )
+from dmc_hub.data import refuse_defects, validate_dataset
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
 from dmc_hub.recipes import align_task, evaluate_on_task, save_videos
 from dmc_hub.summary import summarize_runs
-from dmc_hub.tasks import Task, describe_task, get_task
+from dmc_hub.tasks import Task, action_bounds, describe_task, get_task
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
@@ -50,6 +52,7 @@ from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
 def align(arguments: AlignArguments) -> None:
     """Data, foundation, critic, alignment, evaluation, report."""
     settings = arguments.settings()
+    _check_data(arguments)
     if arguments.push_to_hub is not None:
         for repo_id in (arguments.push_to_hub, f"{arguments.push_to_hub}-lora"):
             transfer.check_access(repo_id)
@@ -260,6 +263,7 @@ def train_sft(arguments: StageArguments, config: SFTConfig) -> None:
 def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
     """Train an up-sampler; the pipeline is saved with it and without the adapter, which fits it as before."""
     task, output_dir = get_task(arguments.task), _output_dir(config)
+    _check_data(arguments)
     pipeline = _load(arguments.pipeline, arguments.adapter)
     resume = _prepare(output_dir / "pipeline", config)
     trainer = CascadeTrainer(pipeline, config, train_dataset=task.episodes(config.seed, arguments.data))
@@ -306,6 +310,7 @@ def _train_foundation(
     trainer_type: type[DiffusionTrainer], arguments: FoundationArguments, config: DenoisingConfig | IQLConfig
 ) -> None:
     task, output_dir = get_task(arguments.task), _output_dir(config)
+    _check_data(arguments)
     episodes = task.episodes(config.seed, arguments.data)
     if arguments.pipeline is None:
         preset = preset_of(task, arguments.controller, arguments.sampler)
@@ -323,6 +328,7 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
     from peft import LoraConfig
 
     task, output_dir = get_task(arguments.task), _output_dir(config)
+    _check_data(arguments)
     pipeline = _load(arguments.pipeline, arguments.adapter)
     resume = _prepare(output_dir / "adapter", config)
     trainer = trainer_type(
@@ -336,6 +342,22 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
         with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(task.name, trainer)) as stage:
             pipeline.save_lora_weights(stage)
         _say(f"saved {output_dir / 'adapter'}")
+
+
+def _check_data(arguments: TaskArguments) -> None:
+    """Refuse data with defects, before anything is trained on them."""
+    if not arguments.data:
+        refuse_defects("", (), arguments.allow_defects)  # refuses kinds that there are not
+        return
+    task = get_task(arguments.task)
+    try:
+        bounds = action_bounds(task)
+    except ImportError:  # training alone needs no environment
+        bounds = None
+    defects = validate_dataset(task.episodes(0, arguments.data), action_bounds=bounds)
+    name = ", ".join(arguments.data)
+    for defect in refuse_defects(name, defects, [*task.allowed_defects, *arguments.allow_defects]):
+        _say(f"data: {defect}")
 
 
 def _save_pipeline(pipeline: Any, folder: Path, task: Task, facts: dict[str, Any]) -> None:

@@ -7,27 +7,34 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dmc_hub import checkpoint
 from dmc_hub.cards import one_line
 from dmc_hub.data import (
+    DEFECTS,
     READERS,
     DatasetCardText,
     DatasetConfig,
     Episodes,
     convert,
     dataset_statistics,
-    load_episodes,
+    open_dataset,
     open_source,
     push_dataset,
+    refuse_defects,
     save_dataset,
     split_episodes,
+    validate_dataset,
 )
 from dmc_hub.data.conversion import FACTS_NAME, is_converted
 from dmc_hub.data.readers import detect_format
+from dmc_hub.data.validation import missing_shards
 from dmc_hub.plots import plot_episodes
-from dmc_hub.tasks import get_task
+from dmc_hub.tasks import action_bounds, get_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _OPTIONS = (
     "observation_keys",
@@ -82,7 +89,11 @@ class SourceArguments:
 
     def load(self) -> Episodes:
         """The episodes."""
-        return load_episodes(
+        return Episodes.from_dataset(self.open())
+
+    def open(self) -> Dataset:
+        """The dataset, whatever is wrong with it."""
+        return open_dataset(
             self.source,
             format=self.format,
             config=self.configuration,
@@ -97,6 +108,16 @@ class ConvertArguments:
     """Where `dmc-hub data convert` writes."""
 
     output_dir: str = field(metadata={"help": "New folder for the converted data."})
+
+
+@dataclass(kw_only=True)
+class ValidateArguments:
+    """What `dmc-hub data validate` compares with."""
+
+    task: str | None = field(default=None, metadata={"help": "Task whose action space the actions must lie in."})
+    allow_defects: list[str] = field(
+        default_factory=list, metadata={"help": f"Kinds that are no failure, from {', '.join(DEFECTS)}."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -168,6 +189,18 @@ def data_convert(source: SourceArguments, arguments: ConvertArguments) -> None:
         raise ValueError(f"`output_dir` {folder} is there already: choose another folder.")
     convert(open_source(source.source, source.format, **source.reader_options()), folder)
     print(json.dumps(checkpoint.load_json(folder / FACTS_NAME)["statistics"]["episodes"], indent=2))
+
+
+def data_validate(source: SourceArguments, arguments: ValidateArguments) -> None:
+    """Say everything that is wrong with data."""
+    defects = missing_shards(Path(source.source)) if Path(source.source).is_dir() else []
+    bounds = None if arguments.task is None else action_bounds(get_task(arguments.task))
+    if not defects:
+        defects = validate_dataset(source.open(), action_bounds=bounds)
+    print(f"{one_line(source.source)}: {len(defects) or 'no'} defects of {len(DEFECTS)} kinds")
+    for defect in defects:
+        print(f"  {one_line(str(defect))}")
+    refuse_defects(source.source, defects, arguments.allow_defects)
 
 
 def data_stats(arguments: SourceArguments) -> None:

@@ -20,6 +20,7 @@ from diffusers import ConfigMixin
 from torch import nn
 
 from dmc_hub import checkpoint
+from dmc_hub.errors import DmcHubError
 from dmc_hub.version import __version__
 
 FORMAT = 1
@@ -36,7 +37,7 @@ _WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.saf
 _LIBRARIES = ("diffusers", "transformers")
 
 
-class UnreadableRepoError(ValueError):
+class UnreadableRepoError(DmcHubError, ValueError):
     """A repo or folder that this version cannot read, or that does not hold what it says."""
 
 

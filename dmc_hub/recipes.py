@@ -9,10 +9,11 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,12 +38,14 @@ from dmc_hub.evaluation import (
 )
 from dmc_hub.evaluation_cache import EvaluationCache, controller_fingerprint
 from dmc_hub.hub import load_pipeline
+from dmc_hub.output_folder import alone_in
 from dmc_hub.pipelines import DiffusionPolicyPipeline
 from dmc_hub.presets import Preset, preset_of
 from dmc_hub.replay import best_median_worst, replay, save_video
 from dmc_hub.report import write_report
 from dmc_hub.tasks import Task, describe_task, get_task, make_vector_env, num_side_by_side
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult, refuse_several_processes
+from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.denoising import DenoisingTrainer
 from dmc_hub.trainers.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsTrainer
@@ -51,6 +54,8 @@ from dmc_hub.trainers.online import CollectionResult, OnlineConfig
 
 VALIDATION_SEED, EVALUATION_SEED, COLLECTION_SEED = 1_000_000, 2_000_000, 3_000_000
 VIDEO_FRAMES = 150
+CHECKPOINTS_PER_PART = 20
+PARTS = ("foundation", "inverse-dynamics", "critic")
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(preset.num_threads)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with _alone_in(output_dir):
+    with alone_in(output_dir):
         _claim(output_dir, settings)
         return _run(settings, preset, output_dir, command)
 
@@ -364,13 +369,19 @@ def _cache_settings(
 
 
 def train_foundation(
-    settings: RunSettings, episodes: Episodes, *, critic: nn.Module | None = None, denoiser: nn.Module | None = None
+    settings: RunSettings,
+    episodes: Episodes,
+    folder: Path,
+    *,
+    critic: nn.Module | None = None,
+    denoiser: nn.Module | None = None,
 ) -> tuple[Any, Episodes]:
     """Train the preset's pipeline: denoiser, inverse dynamics where it has them, critic.
 
     Args:
         settings: task, controller, sampler, seed and scale count.
         episodes: the data.
+        folder: for the checkpoints of what is not finished; training goes on from those that are there.
         critic: a trained critic of the same data, to be copied instead of trained; likewise `denoiser`.
 
     Returns:
@@ -383,22 +394,40 @@ def train_foundation(
     else:
         _say(f"foundation: {settings.controller} on {episodes.num_episodes} episodes")
         steps = settings.scaled(preset.foundation_config().max_steps)
-        DenoisingTrainer(
-            pipeline, preset.foundation_config(seed=settings.seed, max_steps=steps), train_dataset=episodes
-        ).train()
+        config = preset.foundation_config(seed=settings.seed, max_steps=steps)
+        _train_part(DenoisingTrainer, pipeline, config, episodes, folder / "foundation")
     if settings.controller == "decision_diffuser":
         _say("inverse dynamics")
         dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed)
         dynamics = dataclasses.replace(dynamics, max_steps=settings.scaled(dynamics.max_steps))
-        InverseDynamicsTrainer(pipeline, dynamics, train_dataset=episodes).train()
+        _train_part(InverseDynamicsTrainer, pipeline, dynamics, episodes, folder / "inverse-dynamics")
     episodes = episodes_that_fit(pipeline, episodes)
     if critic is not None:
         pipeline.critic.load_state_dict(critic.state_dict())
         return pipeline, episodes
     _say("critic: IQL")
     steps = settings.scaled(preset.critic_config().max_steps)
-    IQLTrainer(pipeline, preset.critic_config(seed=settings.seed, max_steps=steps), train_dataset=episodes).train()
+    config = preset.critic_config(seed=settings.seed, max_steps=steps)
+    _train_part(IQLTrainer, pipeline, config, episodes, folder / "critic")
     return pipeline, episodes
+
+
+def _train_part(
+    trainer_type: type[DiffusionTrainer], pipeline: Any, config: Any, episodes: Episodes, folder: Path
+) -> None:
+    """Train to the end, from the last checkpoint of an interrupted run."""
+    saving: dict[str, Any] = {"output_dir": str(folder), "save_strategy": "steps", "save_total_limit": 1}
+    saving["save_steps"] = math.ceil(config.max_steps / CHECKPOINTS_PER_PART)
+    trainer = trainer_type(pipeline, dataclasses.replace(config, **saving), train_dataset=episodes)
+    trainer.train(resume_from_checkpoint="auto")
+
+
+def _remove_parts(folder: Path, *names: str) -> None:
+    """Remove the checkpoints of parts that are finished and saved."""
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with suppress(OSError):  # another part is not finished
+        folder.rmdir()
 
 
 def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
@@ -428,9 +457,10 @@ def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
         if (settings.controller, settings.sampler) == ("planner", "ddim"):
             shared["denoiser"] = pipeline.denoiser
     episodes = get_task(settings.task).episodes(settings.seed, settings.data)
-    trained, _ = train_foundation(settings, episodes, **shared)
+    trained, _ = train_foundation(settings, episodes, output_dir / "unfinished" / name, **shared)
     with checkpoint.write_folder_atomically(folder, {"training_scale": settings.training_scale}) as stage:
         trained.save_pretrained(stage)
+    _remove_parts(output_dir / "unfinished" / name, *PARTS)
     return folder
 
 
@@ -450,17 +480,18 @@ def _foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tupl
         _say(f"foundation and critic: found in {folder}")
         pipeline = load_pipeline(folder)
         return pipeline, episodes_that_fit(pipeline, episodes), manifest.metadata.get("wall_seconds", 0.0)
-    start = time.perf_counter()
+    start, unfinished = time.perf_counter(), folder.parent / "unfinished"
     if settings.foundation:
         pipeline = _given_foundation(settings)
         episodes = episodes_that_fit(pipeline, episodes)
     else:
-        pipeline, episodes = train_foundation(settings, episodes)
+        pipeline, episodes = train_foundation(settings, episodes, unfinished)
     acting = {"action_selection": "greedy", "num_candidates": settings.num_candidates}
     pipeline.describe_task(**describe_task(get_task(settings.task)), **acting)
     facts = {**_facts(settings), "wall_seconds": time.perf_counter() - start}
     with checkpoint.write_folder_atomically(folder, facts) as stage:
         pipeline.save_pretrained(stage)
+    _remove_parts(unfinished, *PARTS)
     return pipeline, episodes, 0.0
 
 
@@ -530,9 +561,11 @@ def _add_upsampler(settings: RunSettings, preset: Preset, pipeline: Any, episode
     _say("cascade: training the up-sampler")
     config = preset.cascade_config(seed=settings.seed)
     config = dataclasses.replace(config, max_steps=settings.scaled(config.max_steps))
-    CascadeTrainer(pipeline, config, train_dataset=episodes).train()
+    unfinished = folder.parent / "unfinished"
+    _train_part(CascadeTrainer, pipeline, config, episodes, unfinished / "cascade")
     with checkpoint.write_folder_atomically(folder, _facts(settings)) as stage:
         pipeline.upsampler.save_pretrained(stage)
+    _remove_parts(unfinished, "cascade")
 
 
 def _online(settings: RunSettings, online: OnlineSettings, task: Task, preset: Preset) -> dict[str, Any]:
@@ -650,25 +683,6 @@ def _report(
 def _normalized(task: Task, evaluation: Evaluation) -> list[float] | None:
     scores = task.normalized_scores(evaluation.returns, evaluation.scores)
     return None if scores is None else scores.tolist()
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Lock the folder; the system unlocks it when the process ends, however it ends."""
-    if os.name == "nt":  # which can neither open nor lock a folder
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"`output_dir` {folder} is in use by another process: wait for it, or stop it.") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _claim(output_dir: Path, settings: RunSettings) -> None:

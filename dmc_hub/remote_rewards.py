@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dmc_hub.errors import RunError
 
-class RemoteRewardError(RuntimeError):
+
+class RemoteRewardError(RunError):
     """A reward server did not answer, or not with one finite number per image."""
 
 

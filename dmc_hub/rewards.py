@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmc_hub.errors import CollapseError, DmcHubError, RewardError
 
-class NonFiniteRewardError(ValueError):
+
+class NonFiniteRewardError(DmcHubError, ValueError):
     """A reward function returned NaN or infinity."""
+
+    exit_code = 1
 
 
 RewardFunction = Callable[..., Any]
@@ -59,21 +65,23 @@ def action_chunks(critic: Any, actions: Tensor) -> Tensor:
     return actions if length == 1 else actions.unfold(1, length, 1).transpose(-1, -2)
 
 
-def call_reward(reward_function: RewardFunction, *samples: Any) -> Tensor:
+def call_reward(reward_function: RewardFunction, *samples: Any, timeout: float | None = None) -> Tensor:
     """Call a reward function and check what it returns: float32 of shape `(B,)` on the samples' device.
 
     `samples` is what the pipeline's `decode` returns: observations and actions, or images, prompts and metadata.
+    `timeout` is how many seconds the function may take; None: as long as it likes.
 
     Raises:
-        ValueError: the wrong number of rewards, or (`NonFiniteRewardError`) NaN or infinite ones.
-        FloatingPointError: the samples to be rewarded are not finite: the controller has collapsed.
+        ValueError: the wrong number of rewards, no real numbers, or (`NonFiniteRewardError`) NaN or infinite ones.
+        RewardError: the function raised something else, or did not answer in time.
+        CollapseError: the samples to be rewarded are not finite: the controller has collapsed.
     """
     tensors = [values for values in samples if isinstance(values, Tensor)]
     names = ("images",) if len(tensors) == 1 else ("observations", "actions")
     for name, values in reversed(list(zip(names, tensors, strict=True))):
         if not torch.isfinite(values).all():
-            raise FloatingPointError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
-    returned = reward_function(*samples)
+            raise CollapseError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
+    returned = _answer(reward_function, samples, timeout)
     if not isinstance(returned, Tensor):
         try:
             returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
@@ -81,6 +89,8 @@ def call_reward(reward_function: RewardFunction, *samples: Any) -> Tensor:
             raise ValueError(
                 f"`reward_function` must return numbers, got {type(returned).__name__}: {error}"
             ) from error
+    if returned.dtype.is_complex or returned.dtype == torch.bool:
+        raise ValueError(f"`reward_function` must return real numbers, got {returned.dtype}.")
     count = len(tensors[-1])
     rewards = returned.to(tensors[-1].device, torch.float32)
     if rewards.shape != (count,):
@@ -94,3 +104,43 @@ def call_reward(reward_function: RewardFunction, *samples: Any) -> Tensor:
             f"at index {int(bad[0])}: return finite numbers."
         )
     return rewards
+
+
+def _answer(reward_function: RewardFunction, samples: tuple[Any, ...], timeout: float | None) -> Any:
+    try:
+        return reward_function(*samples) if timeout is None else call_within(timeout, reward_function, *samples)
+    except (DmcHubError, ValueError, FloatingPointError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise RewardError(f"`reward_function` raised {type(error).__name__}: {error}") from error
+
+
+def call_within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns or raises, if it does within so many seconds; nobody waits for it any longer then.
+
+    It runs in a thread of its own, with this thread's modes of autograd and autocast.
+
+    Raises:
+        RewardError: it did not.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    with_grad, device = torch.is_grad_enabled(), "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+
+    def work() -> None:
+        try:
+            with torch.set_grad_enabled(with_grad), autocast:
+                answers.put((function(*arguments), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=work, name="reward", daemon=True).start()
+    try:
+        result, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise RewardError(
+            f"`reward_function` has not answered within {seconds:g} s: make it faster, or raise `reward_timeout`."
+        ) from None
+    if error is not None:
+        raise error
+    return result

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dmc_hub.data import Episodes
 from dmc_hub.envs.workers import WORKER_FAILURE
+from dmc_hub.errors import EnvironmentFailedError
 
 NUM_REPETITIONS = 2
 STATE = "state"
@@ -261,7 +262,7 @@ def _report_failures(vector_env: VectorEnv[Any, Any, Any], given_up: list[int], 
         return
     where = f"environment {_name(vector_env)} failed {1 + NUM_REPETITIONS} times each on the seeds {given_up}"
     if len(given_up) == num_episodes:
-        raise RuntimeError(f"The {where}, all there were: see the warnings for the reasons.")
+        raise EnvironmentFailedError(f"The {where}, all there were: see the warnings for the reasons.")
     warnings.warn(f"The {where}: these episodes are left out.", stacklevel=3)
 
 

@@ -33,6 +33,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from dmc_hub import checkpoint
 from dmc_hub.checkpoint import MANIFEST_NAME, CheckpointError, FileRecord, Manifest
+from dmc_hub.errors import DmcHubError
 from dmc_hub.version import __version__
 
 _T = TypeVar("_T")
@@ -45,7 +46,7 @@ SUFFIXES = (".safetensors", ".parquet", ".json", ".py", ".md", ".png", ".gif", "
 _PERMANENT = (400, 401, 402, 403, 404, 413)
 
 
-class HubError(OSError):
+class HubError(DmcHubError, OSError):
     """What stands between this machine and a repo on the Hub, and what to do about it."""
 
 

@@ -1,5 +1,6 @@
 """The command line: its help, its one parser, and its errors."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -232,11 +233,20 @@ def command(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @dataclass
 class FailArguments:
-    error: Literal["ValueError", "FileNotFoundError", "CheckpointError", "RuntimeError", "KeyboardInterrupt"]
+    error: Literal[
+        "ValueError",
+        "FileNotFoundError",
+        "CheckpointError",
+        "RuntimeError",
+        "KeyboardInterrupt",
+        "RunError",
+        "StoppedBySignal",
+    ]
 
 
 def fail(arguments: FailArguments) -> None:
     from dmc_hub.checkpoint import CheckpointError
+    from dmc_hub.errors import RunError, StoppedBySignal
 
     raise {
         "ValueError": ValueError("`steps` must be positive,\n  but got -1"),
@@ -244,6 +254,8 @@ def fail(arguments: FailArguments) -> None:
         "CheckpointError": CheckpointError("checkpoint-1 is incomplete"),
         "RuntimeError": RuntimeError("a mistake of ours"),
         "KeyboardInterrupt": KeyboardInterrupt(),
+        "RunError": RunError("no environment is left"),
+        "StoppedBySignal": StoppedBySignal("Stopped at step 3 of 8.", signal.SIGTERM),
     }[arguments.error]
 
 
@@ -254,6 +266,8 @@ def fail(arguments: FailArguments) -> None:
         ("FileNotFoundError", 2, "dmc-hub: error: [Errno 2] No such file or directory: 'a/b'\n"),
         ("CheckpointError", 2, "dmc-hub: error: checkpoint-1 is incomplete\n"),
         ("KeyboardInterrupt", 130, "dmc-hub: interrupted\n"),
+        ("RunError", 1, "dmc-hub: error: no environment is left\n"),
+        ("StoppedBySignal", 143, "dmc-hub: Stopped at step 3 of 8.\n"),
     ],
 )
 def test_users_get_one_line(command: str, capsys: pytest.CaptureFixture[str], error: str, code: int, line: str) -> None:
@@ -261,7 +275,13 @@ def test_users_get_one_line(command: str, capsys: pytest.CaptureFixture[str], er
     assert capsys.readouterr() == ("", line)
 
 
-def test_our_own_mistakes_keep_their_traceback(command: str) -> None:
+def test_our_own_mistakes_are_one_line_too_and_a_variable_shows_where(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main([command, "--error", "RuntimeError"]) == 1
+    message = "RuntimeError: a mistake of ours This is a failure inside the program; DMC_HUB_TRACEBACK=1 shows where."
+    assert capsys.readouterr().err == f"dmc-hub: error: {message}\n"
+    monkeypatch.setenv("DMC_HUB_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         cli.main([command, "--error", "RuntimeError"])
 

@@ -15,7 +15,7 @@ import pytest
 
 from dmc_hub.cli import main
 from dmc_hub.hub import load_pipeline
-from dmc_hub.recipes import _alone_in
+from dmc_hub.output_folder import alone_in
 from dmc_hub.report import _label
 from dmc_hub.tasks import get_task
 
@@ -172,9 +172,9 @@ def test_wrong_settings_are_refused_before_anything_is_trained(
 def test_a_folder_is_for_one_run_of_one_process_at_a_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with _alone_in(tmp_path):
+    with alone_in(tmp_path):
         assert align("policy", tmp_path) == 2
-    assert f"`output_dir` {tmp_path} is in use by another process" in capsys.readouterr().err
+    assert f"`output_dir` {tmp_path} is in use by another run of this process" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert align("policy", tmp_path) == 2
     assert "`align` runs in one process, not 2" in capsys.readouterr().err

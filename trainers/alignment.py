@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from dmc_hub import checkpoint
 from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.divergence import candidate_spread, denoising_kl
+from dmc_hub.errors import CollapseError
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.iql import IQLConfig
@@ -295,7 +296,7 @@ class SequentialAligner:
                 condition = self._conditions()
                 diversity = candidate_spread(self.pipeline, condition, seed=self.config.seed)
                 if not math.isfinite(diversity):
-                    raise FloatingPointError("The controller generates NaN or infinite actions: its weights collapsed.")
+                    raise CollapseError("The controller generates NaN or infinite actions: its weights collapsed.")
                 divergence = denoising_kl(self.pipeline, condition, seed=self.config.seed)
                 measured = self.validate(self.pipeline)
         finally:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -34,6 +36,8 @@ from transformers.trainer_utils import TrainOutput
 from dmc_hub import checkpoint
 from dmc_hub.adapters import PEFT_PREFIX
 from dmc_hub.checkpoint import CheckpointError
+from dmc_hub.errors import CollapseError, DmcHubError, SaveError, StoppedBySignal
+from dmc_hub.output_folder import alone_in, free_bytes, require_space
 from dmc_hub.publish import ADAPTER_WEIGHTS
 from dmc_hub.trainers.loop import (
     MicroSteps,
@@ -48,8 +52,12 @@ from dmc_hub.trainers.loop import (
 )
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss or the gradient is NaN or infinite; raised before the optimizer steps, on all processes."""
+class NonFiniteLossError(CollapseError):
+    """The loss or the gradient was NaN or infinite in several steps in a row; raised on all processes."""
+
+
+class SkippedStepWarning(UserWarning):
+    """A step whose loss or gradient was NaN or infinite left the weights as they were, on all processes."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +79,19 @@ class DiffusionConfig(TrainingArguments):
         default=None, metadata={"help": "Decay of the averaged weights that replace the last at the end."}
     )
     num_eval_batches: int = field(default=8, metadata={"help": "Batches per process in an evaluation."})
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={
+            "help": "A step whose loss or gradient is not finite on any process is skipped on all; so many in a row "
+            "end the run."
+        },
+    )
+    on_save_error: str = field(
+        default="raise", metadata={"help": '"raise" or "warn" when a checkpoint cannot be written.'}
+    )
+    ddp_timeout: int = field(
+        default=600, metadata={"help": "Seconds after which processes give up waiting for one that hangs."}
+    )
 
     if TYPE_CHECKING:
         output_dir: str | None = None
@@ -87,6 +108,9 @@ class DiffusionConfig(TrainingArguments):
         self.remove_unused_columns, self.ignore_data_skip, self.logging_nan_inf_filter = False, True, False
         self._check(self.max_steps > 0, "`max_steps` must be positive, got {}.", self.max_steps)
         self._check(self.num_eval_batches > 0, "`num_eval_batches` must be positive, got {}.", self.num_eval_batches)
+        self._check(self.max_skipped_steps > 0, "`max_skipped_steps` must be positive, got {}.", self.max_skipped_steps)
+        known = self.on_save_error in ("raise", "warn")
+        self._check(known, "`on_save_error` must be 'raise' or 'warn', got {!r}.", self.on_save_error)
         decay = 0.5 if self.ema_decay is None else self.ema_decay
         self._check(0 < decay < 1, "`ema_decay` must be between 0 and 1, got {}.", decay)
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
@@ -180,8 +204,10 @@ class DiffusionTrainer(Trainer, ABC):
         self._window_loss = torch.zeros((), device=args.device)
         # The mean loss of the step, and the share of the processes that were told to stop:
         self._step_report = torch.zeros(2, device=args.device)
-        self._stop_requested = False
+        self._stop_signal: int | None = None
         self._stop_agreed = False
+        self._num_skipped = 0  # steps in a row until now
+        self._inputs: dict[str, Tensor] = {}  # of the micro-step at hand
         self.grad_norm = 0.0  # of the last step, before clipping
 
     # ---- What an algorithm defines -------------------------------------------------------------------------
@@ -278,36 +304,56 @@ class DiffusionTrainer(Trainer, ABC):
         """Train for `args.max_steps` steps, counted from the start of the run.
 
         A first Ctrl-C or SIGTERM ends the current step, saves a checkpoint if saving is on, and stops; a
-        second Ctrl-C stops at once.
+        second one stops at once. A step whose loss or gradient is not finite is skipped with a
+        `SkippedStepWarning`.
 
         Args:
-            resume_from_checkpoint: A checkpoint folder, or True for the newest one in `args.output_dir` that
-                verifies. The resumed run equals an uninterrupted one bit for bit on the same hardware.
+            resume_from_checkpoint: A checkpoint folder, True for the newest one in `args.output_dir` that
+                verifies, or "auto" for that one if there is any. The resumed run equals an uninterrupted one
+                bit for bit on the same hardware.
 
         Raises:
             CheckpointError: if the checkpoint is corrupt or does not fit. The weights are then unchanged.
-            NonFiniteLossError: if loss or gradient is not finite. The weights are those of the step before.
-            KeyboardInterrupt: after an interrupted run has stopped.
+            FolderInUseError: if another process trains into `args.output_dir`.
+            NonFiniteLossError: if loss or gradient is not finite in `args.max_skipped_steps` steps in a row.
+                The weights are those of the last finite step.
+            SaveError: if a checkpoint cannot be written, and `args.on_save_error` is "raise".
+            StoppedBySignal: a KeyboardInterrupt, after an interrupted run has stopped.
         """
+        with self._alone():
+            return self._train_alone(resume_from_checkpoint)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside the block no other process trains into the same folder."""
+        with ExitStack() as stack:
+            with self._all_or_none("The run did not start"):
+                if self.args.output_dir is not None and self.is_world_process_zero():
+                    stack.enter_context(alone_in(self.args.output_dir))
+            yield
+
+    def _train_alone(self, resume_from_checkpoint: str | Path | bool | None) -> TrainOutput:
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
         set_seed(hash_seed("global", self.args.seed, self.args.process_index) % 2**32)
         self.optimizer = None
         self._metrics, self._ema = {}, None
         self._window_loss.zero_()
-        self._stop_requested = self._stop_agreed = False
+        self._stop_signal, self._stop_agreed, self._num_skipped = None, False, 0
         try:
             with stop_signals(self._request_stop), self._gradient_checkpointing():
                 output = super().train(None if resume is None else str(resume))
         finally:
             self._progress.close()
+            self._inputs = {}
             self.is_in_train = False
             self.model.eval()
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # out of training's autocast
         if self._ema is not None:
             self._ema.copy_to(self._trainable)
         self._check_processes_agree()
-        if self._stop_requested or self._stop_agreed:
-            raise KeyboardInterrupt(f"Stopped at step {self.state.global_step} of {self.args.max_steps}.")
+        if self._stop_signal is not None or self._stop_agreed:
+            message = f"Stopped at step {self.state.global_step} of {self.args.max_steps}."
+            raise StoppedBySignal(message, self._stop_signal or signal.SIGTERM)
         return output
 
     def _check_processes_agree(self) -> None:
@@ -333,7 +379,8 @@ class DiffusionTrainer(Trainer, ABC):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         self.micro_step = inputs["micro_step"]
-        return super()._prepare_inputs(self.make_batch(self._seeded("batch", self.micro_step)))
+        self._inputs = super()._prepare_inputs(self.make_batch(self._seeded("batch", self.micro_step)))
+        return self._inputs
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -348,7 +395,7 @@ class DiffusionTrainer(Trainer, ABC):
     def _average_over_processes(self) -> None:
         """One collective per optimizer step: the mean gradient, the mean loss, and whether a process is to
         stop."""
-        stop = torch.full_like(self._window_loss, float(self._stop_requested))
+        stop = torch.full_like(self._window_loss, float(self._stop_signal is not None))
         self._step_report = torch.stack([self._window_loss, stop])
         if self.args.world_size == 1:
             return
@@ -365,7 +412,7 @@ class DiffusionTrainer(Trainer, ABC):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last call before the optimizer steps. NaN and infinity survive the averaging, so all processes
-        agree."""
+        agree on what to skip."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self._step_report.device)
         norm_value, loss, stop = torch.cat([norm.reshape(1), self._step_report]).tolist()
@@ -374,12 +421,36 @@ class DiffusionTrainer(Trainer, ABC):
         # A loss scaler skips steps with infinite gradients by itself.
         is_scaled = scaler is not None and scaler.is_enabled()
         if not math.isfinite(loss) or not (is_scaled or math.isfinite(norm_value)):
-            raise NonFiniteLossError(
-                f"Step {self.state.global_step + 1}: the loss is {loss} and the norm of the gradient "
-                f"{norm_value}. The weights are those of the step before. Lower `learning_rate`, or check the"
-                " data and rewards."
+            self._skip_step(
+                f"Step {self.state.global_step + 1}: the loss is {loss} and the norm of the gradient {norm_value}."
             )
+        else:
+            self._num_skipped = 0
         return grad_norm
+
+    def _skip_step(self, problem: str) -> None:
+        """Optimizers pass over parameters without a gradient: neither weights nor their own state change."""
+        for parameter in self._trainable:
+            parameter.grad = None
+        self._num_skipped += 1
+        if self._num_skipped < self.args.max_skipped_steps:
+            warnings.warn(f"{problem} It is skipped: the weights stay as they are.", SkippedStepWarning, stacklevel=3)
+            return
+        raise NonFiniteLossError(
+            f"{problem} There were {self._num_skipped} such steps in a row (`max_skipped_steps`). The weights are "
+            f"those of the last finite step. {self._kept_batch()}Lower `learning_rate`, or check the data and rewards."
+        )
+
+    def _kept_batch(self) -> str:
+        """Write the batch of each process beside the checkpoints, and say where."""
+        if self.args.output_dir is None:
+            return ""
+        folder = Path(self.args.output_dir) / "non-finite"
+        path = folder / f"step-{self.state.global_step + 1}-process-{self.args.process_index}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value for name, value in self._inputs.items() if isinstance(value, Tensor)}
+        checkpoint.save_tensors(path, tensors)
+        return f"The last batch is in `{path}`. "
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -409,8 +480,8 @@ class DiffusionTrainer(Trainer, ABC):
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"
 
-    def _request_stop(self) -> None:
-        self._stop_requested = True
+    def _request_stop(self, number: int) -> None:
+        self._stop_signal = number
 
     @contextmanager
     def _gradient_checkpointing(self) -> Iterator[None]:
@@ -437,6 +508,13 @@ class DiffusionTrainer(Trainer, ABC):
         logs.pop("total_flos", None)
         logs.update(self._drain_metrics())
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The stock trainer subtracts what it has logged, which NaN survives."""
+        is_logged = self.control.should_log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if is_logged:
+            tr_loss.zero_()
 
     def _drain_metrics(self) -> dict[str, float]:
         mine = {name: (total.item(), count) for name, (total, count) in self._metrics.items()}
@@ -494,13 +572,22 @@ class DiffusionTrainer(Trainer, ABC):
         return "" if self.args.output_dir is None else self.args.output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write `checkpoint-<step>`: each process its own files, then the main process the rest and the
-        manifest."""
-        folder = self._folder(self.state.global_step)
+        """Write `checkpoint-<step>`, or say why that cannot be done."""
+        try:
+            self._write_checkpoint(self._folder(self.state.global_step))
+        except SaveError as error:
+            if self.args.on_save_error == "raise":
+                raise
+            warnings.warn(f"Training goes on without a checkpoint: {error}", stacklevel=2)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Each process writes its own files, then the main process the rest and the manifest."""
         is_main = self.is_world_process_zero()
         stage: Path | None = None
         with self._all_or_none():
-            stage = checkpoint.open_stage(folder) if is_main else None
+            if is_main:
+                require_space(folder, self._checkpoint_bytes())
+                stage = checkpoint.open_stage(folder)
         [stage] = broadcast_object_list([stage])
         assert stage is not None
         try:
@@ -516,22 +603,46 @@ class DiffusionTrainer(Trainer, ABC):
             if is_main:
                 checkpoint.discard_stage(stage)
 
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: its tensors, and a little for everything else."""
+        adapter = adapter_to_train(self.model)
+        weights = self._trainable if adapter is not None else list(self.model.parameters())
+        held = [value for entries in self.optimizer.state.values() for value in entries.values()]
+        averaged = [] if self._ema is None else self._ema.shadow_params
+        tensors = [*weights, *held, *averaged, *self.extra_state().values()]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor)]
+        copies = sum(sizes[: len(weights)]) if adapter is not None else 0  # peft's file and diffusers'
+        return sum(sizes) + copies + (1 << 16)
+
     def _folder(self, step: int) -> Path:
         return Path(self._get_output_dir(None)) / f"checkpoint-{step}"
 
     @contextmanager
-    def _all_or_none(self) -> Iterator[None]:
-        """Wait for all processes at the end of the block; if it failed on one, it fails on all."""
+    def _all_or_none(self, what: str = "The checkpoint was not written") -> Iterator[None]:
+        """Wait for all processes at the end of the block; if it failed on one, it fails on all.
+
+        Raises:
+            SaveError: something could not be written, here or elsewhere.
+        """
         error: Exception | None = None
         try:
             yield
+        except DmcHubError as raised:
+            error = raised
+        except (OSError, SafetensorError) as raised:
+            free = free_bytes(self.args.output_dir or ".")
+            error = SaveError(
+                f"`{self._folder(self.state.global_step)}` was not written: {raised}. It takes about "
+                f"{self._checkpoint_bytes():,} bytes, and {free:,} are free. Earlier checkpoints are as they were."
+            )
+            error.__cause__ = raised
         except Exception as raised:
             error = raised
-        errors = gather_object([None if error is None else f"process {self.args.process_index}: {error!r}"])
+        errors = gather_object([None if error is None else f"process {self.args.process_index}: {error}"])
         if error is not None:
             raise error
         if any(errors):
-            raise CheckpointError(f"The checkpoint was not written: {'; '.join(filter(None, errors))}")
+            raise SaveError(f"{what}: {'; '.join(filter(None, errors))}")
 
     def _write_rank_files(self, stage: Path) -> None:
         extra = self.extra_state()
@@ -607,6 +718,8 @@ class DiffusionTrainer(Trainer, ABC):
     def _checkpoint_to_resume(self, resume: str | Path | bool | None) -> Path | None:
         """The verified folder to resume from, or None to start afresh. Nothing has been loaded yet."""
         output_dir = self.args.output_dir
+        if resume == "auto":
+            resume = output_dir is not None and bool(checkpoint.checkpoints(output_dir))
         if resume is None or resume is False:
             saves = output_dir is not None and self.args.save_strategy != "no"
             existing = checkpoint.checkpoints(output_dir or "") if saves else []

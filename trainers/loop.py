@@ -134,16 +134,16 @@ def leave_process_group_at_exit() -> None:
 
 
 @contextmanager
-def stop_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Turn the first Ctrl-C and every SIGTERM into `request_stop`; a second Ctrl-C interrupts at once."""
+def stop_signals(request_stop: Callable[[int], None]) -> Iterator[None]:
+    """Turn the first Ctrl-C and the first SIGTERM into `request_stop(number)`; a second one ends the process at
+    once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request_stop()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        request_stop(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -28,6 +28,9 @@ class SamplingConfig(DiffusionConfig):
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Denoising steps while sampling; the pipeline's own by default."}
     )
+    reward_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds that a call of a reward function of your own may take."}
+    )
     pretraining_coefficient: float = field(
         default=0.0,
         metadata={
@@ -42,6 +45,8 @@ class SamplingConfig(DiffusionConfig):
         super().__post_init__()
         self.require_positive("per_device_train_batch_size", "num_inference_steps", "pretraining_batch_size")
         self.require_not_negative("pretraining_coefficient")
+        if not self.reward_timeout > 0:
+            raise ValueError(f"`reward_timeout` must be positive, got {self.reward_timeout}.")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 raise ValueError(f"`{name}` must be one of {', '.join(get_args(hint))}; got {getattr(self, name)!r}.")
@@ -100,6 +105,7 @@ class SamplingTrainer(DiffusionTrainer):
             raise ValueError("`pretraining_coefficient` needs data with clean samples: pass `pretraining_dataset`.")
         super().__init__(pipeline, args, train_dataset=self.source.data, **kwargs)
         self.reward_function: RewardFunction = reward_function or critic_reward(pipeline)
+        self._reward_timeout = None if reward_function is None else args.reward_timeout
         self._buffer: dict[str, Tensor] = {}
         self._check_reward_function()
 
@@ -173,6 +179,7 @@ class SamplingTrainer(DiffusionTrainer):
         """A buffer that was filled under other settings of the algorithm means nothing under these."""
         exact, others = super()._run_facts()
         own = {option.name for option in fields(self.args)} - {option.name for option in fields(DiffusionConfig)}
+        own.discard("reward_timeout")
         return {**exact, **{name: getattr(self.args, name) for name in sorted(own)}}, others
 
     # What subclasses use
@@ -188,11 +195,12 @@ class SamplingTrainer(DiffusionTrainer):
             return lambda: rewards
         samples = self.pipeline.decode(latents, condition)
         answer = self.reward_function.submit(*samples)
-        return lambda: call_reward(lambda *_: answer(), *samples)
+        return lambda: call_reward(lambda *_: answer(), *samples, timeout=self._reward_timeout)
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of latents."""
-        rewards = call_reward(self.reward_function, *self.pipeline.decode(latents, condition))
+        samples = self.pipeline.decode(latents, condition)
+        rewards = call_reward(self.reward_function, *samples, timeout=self._reward_timeout)
         if isinstance(self.reward_function, JointReward):
             for name, mean in self.reward_function.means.items():
                 self.log_metric(f"reward_{name}", mean)

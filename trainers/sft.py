@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dmc_hub.errors import DmcHubError
 from dmc_hub.losses import denoising_loss, masked_mean_square
 from dmc_hub.trainers.sampling import SamplingConfig, SamplingTrainer, pack, unpack
 
@@ -56,8 +57,10 @@ class SFTConfig(SamplingConfig):
             raise ValueError(f"`likelihood_quantile` must lie in (0, 1], got {self.likelihood_quantile}.")
 
 
-class NoSamplesLeftError(ValueError):
+class NoSamplesLeftError(DmcHubError, ValueError):
     """Every sample was rejected: there is nothing to train on."""
+
+    exit_code = 1
 
 
 class SFTTrainer(SamplingTrainer):

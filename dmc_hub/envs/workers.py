@@ -17,6 +17,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
 
+from dmc_hub.errors import EnvironmentFailedError
+
 WORKER_FAILURE = "worker_failure"
 
 
@@ -152,7 +154,7 @@ class RestartingVectorEnv(AsyncVectorEnv):
             self._names = self.call_wait(self.timeout)
         except (EOFError, OSError, multiprocessing.TimeoutError) as error:
             self.close(terminate=True)
-            raise RuntimeError(
+            raise EnvironmentFailedError(
                 f"A worker could not make its environment within {self.timeout:g} s ({type(error).__name__}): call the "
                 "functions in `env_fns` in a process of their own, or raise `timeout`."
             ) from error

@@ -17,13 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dmc_hub.errors import DmcHubError
 from dmc_hub.models.conditional_unet import ConditionalUnet1D
 from dmc_hub.models.temporal_unet import TemporalUnet
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class InteropError(ValueError):
+class InteropError(DmcHubError, ValueError):
     """Something of another library cannot be read or has no counterpart here; the message says what."""
 
 

@@ -59,6 +59,8 @@ class Task:
         dynamics: `(observations, actions) -> planned next states`, for the coherency of planners (Eq. 15).
         behavior_log_prob: `(observations, actions) -> log-density` of the policy that made the data, for the coherency
             of policies (Eq. 16).
+        allowed_defects: kinds of `dmc_hub.data.DEFECTS` that are no reason to refuse its data. Simulators' observations
+            often have entries that never change.
         controllers: kinds of controller that make sense for the task.
         horizon: steps of a planner's window; `policy_horizon` those of a policy's action sequence.
         num_observation_steps: observations that a policy sees.
@@ -91,6 +93,7 @@ class Task:
     optimal_return: Callable[[], float] | None = None
     dynamics: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     behavior_log_prob: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    allowed_defects: tuple[str, ...] = ("constant-dimension",)
     state_dim: int | None = None
     cameras: Mapping[str, str] = field(default_factory=dict)
     controllers: tuple[str, ...] = ("planner", "decision_diffuser", "policy")
@@ -203,6 +206,21 @@ def make_vector_env(
     if task.make_vector is not None:
         return task.make_vector(count)
     return SyncVectorEnv([task.make_env] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def action_bounds(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action of the task's environment, each of shape `(action_dim,)`.
+
+    Raises:
+        ImportError: the environment's extra is not installed.
+    """
+    env = task.make_env()
+    try:
+        space = env.action_space
+        assert isinstance(space, gymnasium.spaces.Box)
+        return space.low, space.high
+    finally:
+        env.close()
 
 
 def describe_task(task: Task) -> dict[str, Any]:

@@ -349,6 +349,7 @@ def test_divergence_and_diversity_keep_their_bounds(
 
 
 @pytest.mark.parametrize("drill", ["nan", "reward", "learning_rate"])
+@pytest.mark.filterwarnings("ignore:.*It is skipped:dmc_hub.trainers.base.SkippedStepWarning")
 def test_collapse_drill(drill: str, make_pipeline: MakePipeline, episodes: Episodes, tmp_path: Path) -> None:
     """A NaN, a reward of a millionfold size and a hundredfold learning rate cost at most 2 % of the return."""
     count = iter(range(10_000))

@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dmc_hub import checkpoint
 from dmc_hub.checkpoint import CheckpointError
 from dmc_hub.control_pipeline import ControlPipeline
-from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer, NonFiniteLossError
+from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer, NonFiniteLossError, SkippedStepWarning
 
 LORA = {"r": 2, "lora_alpha": 8, "target_modules": ["first", "last"]}
 
@@ -72,6 +72,7 @@ class RotationTrainer(DiffusionTrainer):
     """Learns a rotation; uses every source of randomness and of state that a checkpoint has to keep."""
 
     nan_at: int = -1
+    nan_from: int = 10**9
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +105,8 @@ class RotationTrainer(DiffusionTrainer):
             self.running = 0.9 * self.running + 0.1 * x.mean(dim=0)
         self.log_metric("error", error.abs())
         loss = error.square().mean()
-        return loss * float("nan") if self.micro_step == self.nan_at else loss
+        is_broken = self.micro_step == self.nan_at or self.micro_step >= self.nan_from
+        return loss * float("nan") if is_broken else loss
 
     def extra_state(self) -> dict[str, Tensor]:
         return {"running": self.running}
@@ -359,22 +361,48 @@ def test_without_output_dir_nothing_is_written(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_non_finite_loss_raises_before_the_step(where: str) -> None:
+def test_non_finite_steps_in_a_row_end_the_run(where: str, tmp_path: Path) -> None:
     class Exploding(RotationTrainer):
         def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
             loss = super().compute_loss(model, inputs)
-            if self.micro_step == 5 and where == "gradient":  # d sqrt(u) / du at 0 is infinite, the loss is finite
+            if self.micro_step >= 5 and where == "gradient":  # d sqrt(u) / du at 0 is infinite, the loss is finite
                 return loss + (0 * self.pipeline.denoiser.first.weight).abs().sum().sqrt()
             return loss
 
     expected = make_trainer(max_steps=5)
     expected.train()
-    trainer = Exploding(make_pipeline(), make_config(), train_dataset=None)
-    trainer.nan_at = 5 if where == "loss" else -1
-    with pytest.raises(NonFiniteLossError, match=r"Step 6: the loss is"):
+    trainer = Exploding(make_pipeline(), make_config(tmp_path), train_dataset=None)
+    trainer.nan_from = 5 if where == "loss" else 10**9
+    dump = tmp_path / "non-finite" / "step-8-process-0.safetensors"
+    message = rf"Step 8: the loss is .* 3 such steps in a row \(`max_skipped_steps`\).* The last batch is in `{dump}`"
+    with (
+        pytest.warns(SkippedStepWarning, match=r"Step [67]: the loss is .* is skipped"),
+        pytest.raises(NonFiniteLossError, match=message),
+    ):
         trainer.train()
     assert_same(state_of(expected), state_of(trainer))
-    assert all(torch.isfinite(tensor).all() for tensor in state_of(trainer).values())
+    assert torch.equal(checkpoint.load_tensors(dump)["x"], trainer.seen[7])
+
+
+def test_one_non_finite_step_is_skipped_and_logged_as_nan() -> None:
+    trainer, expected = make_trainer(logging_steps=1), make_trainer(logging_steps=1)
+    trainer.nan_at = 5
+    states: list[dict[str, Tensor]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            states.append(state_of(trainer))
+
+    trainer.add_callback(Watch())
+    with pytest.warns(SkippedStepWarning, match="Step 6: the loss is nan"):
+        trainer.train()
+    expected.train()
+    assert_same(states[4], states[5])
+    assert differs(states[5], states[6])
+    losses = [row["loss"] for row in trainer.history if "loss" in row]
+    assert losses[:5] == [row["loss"] for row in expected.history if "loss" in row][:5]
+    assert np.isnan(losses[5])
+    assert np.isfinite(losses[6:]).all()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -608,7 +636,7 @@ def test_two_processes(tmp_path: Path) -> None:
         make_trainer(tmp_path / "run", **OPTIONS).train(resume_from_checkpoint=folder)
     error = (tmp_path / "nan-0.txt").read_text()
     assert error == (tmp_path / "nan-1.txt").read_text()
-    assert error.startswith("Step 3: the loss is nan")
+    assert error.startswith("Step 5: the loss is nan")
 
 
 def kill_scenario(folder: Path) -> None:
@@ -655,7 +683,7 @@ def two_process_scenario(folder: Path) -> None:
     resumed = make_trainer(folder / "run", **OPTIONS)
     resumed.train(resume_from_checkpoint=True)
     broken = make_trainer(**OPTIONS)
-    broken.nan_at = 5 if rank == 1 else -1
+    broken.nan_from = 5 if rank == 1 else 10**9
     try:
         broken.train()
     except NonFiniteLossError as error:
