@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,15 +93,15 @@ class SourceArguments:
         """The episodes."""
         return Episodes.from_dataset(self.open())
 
-    def open(self) -> Dataset:
-        """The dataset, whatever is wrong with it."""
+    def open(self, defaults: Mapping[str, Any] = types.MappingProxyType({})) -> Dataset:
+        """The dataset, whatever is wrong with it. `defaults` are options of the reader that were not given."""
         return open_dataset(
             self.source,
             format=self.format,
             config=self.configuration,
             split=self.split,
             revision=self.revision,
-            **self.reader_options(),
+            **{**defaults, **self.reader_options()},
         )
 
 
@@ -114,7 +116,10 @@ class ConvertArguments:
 class ValidateArguments:
     """What `dmc-hub data validate` compares with."""
 
-    task: str | None = field(default=None, metadata={"help": "Task whose action space the actions must lie in."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "Task that the data are for: how to read them, its action space, what its data may have."},
+    )
     allow_defects: list[str] = field(
         default_factory=list, metadata={"help": f"Kinds that are no failure, from {', '.join(DEFECTS)}."}
     )
@@ -194,13 +199,16 @@ def data_convert(source: SourceArguments, arguments: ConvertArguments) -> None:
 def data_validate(source: SourceArguments, arguments: ValidateArguments) -> None:
     """Say everything that is wrong with data."""
     defects = missing_shards(Path(source.source)) if Path(source.source).is_dir() else []
-    bounds = None if arguments.task is None else action_bounds(get_task(arguments.task))
-    if not defects:
-        defects = validate_dataset(source.open(), action_bounds=bounds)
+    task = None if arguments.task is None else get_task(arguments.task)
+    if not defects and task is None:
+        defects = validate_dataset(source.open())
+    elif not defects and task is not None:
+        defects = validate_dataset(source.open(task.options_for(source.source)), action_bounds=action_bounds(task))
     print(f"{one_line(source.source)}: {len(defects) or 'no'} defects of {len(DEFECTS)} kinds")
     for defect in defects:
         print(f"  {one_line(str(defect))}")
-    refuse_defects(source.source, defects, arguments.allow_defects)
+    allowed = () if task is None else task.allowed_defects
+    refuse_defects(source.source, defects, [*allowed, *arguments.allow_defects])
 
 
 def data_stats(arguments: SourceArguments) -> None:

@@ -128,11 +128,15 @@ class Task:
                 )
         return episodes
 
+    def options_for(self, source: str) -> dict[str, Any]:
+        """What the reader of a file or folder needs to know; nothing for one that is not in the task's own format."""
+        path = Path(source)
+        return dict(self.reader_options) if path.exists() and detect_format(path) == self.reader else {}
+
     def _read(self, source: str) -> Episodes:
         sliced = re.fullmatch(r"(.+)\[:(\d+)\]", source)
         path, max_steps = (sliced[1], int(sliced[2])) if sliced else (source, None)
-        is_own_format = Path(path).exists() and detect_format(Path(path)) == self.reader
-        episodes = load_episodes(path, **(self.reader_options if is_own_format else {}))
+        episodes = load_episodes(path, **self.options_for(path))
         if self.cameras:
             episodes = self._seen(source, episodes)
         return episodes if max_steps is None else episodes.first(max_steps)

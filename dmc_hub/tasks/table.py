@@ -139,6 +139,7 @@ def _metaworld_task(name: str) -> Task:
         score_name="success rate",
         data_hint=f"make it by `dmc-hub data collect --task metaworld-{name}`.",
         behavior="scripted",
+        allowed_defects=("constant-dimension", "duplicate-episode"),  # the same start, the same script
         horizon=16,
         policy_horizon=8,
         num_action_steps=4,
