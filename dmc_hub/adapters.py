@@ -124,7 +124,7 @@ class AdaptableController:
     def save_lora_weights(self, save_directory: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
         """Write one adapter in the formats of peft and of diffusers.
 
-        Each file is written under a temporary name and renamed, the configuration last.
+        Each file is written under a temporary name and renamed, the manifest last.
         """
         if adapter_name not in self.lora_names:
             raise ValueError(f"`adapter_name` {adapter_name!r} is not on this pipeline; it has {self.lora_names}.")
@@ -144,6 +144,7 @@ class AdaptableController:
         _save_atomically({f"{prefix}.{n}": t for n, t in state.items()}, folder / DIFFUSERS_ADAPTER_WEIGHTS, metadata)
         _save_atomically({f"{PEFT_PREFIX}{n}": t for n, t in state.items()}, folder / ADAPTER_WEIGHTS, metadata)
         checkpoint.write_text(folder / ADAPTER_CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        checkpoint.write_manifest(folder, (DIFFUSERS_ADAPTER_WEIGHTS, ADAPTER_WEIGHTS, ADAPTER_CONFIG))
 
     def load_lora_weights(
         self,
@@ -151,6 +152,8 @@ class AdaptableController:
         *,
         adapter_name: str = "default",
         hotswap: bool = False,
+        allow_mismatch: bool = False,
+        verify: bool = True,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -165,6 +168,8 @@ class AdaptableController:
             adapter_name: must be new, or with `hotswap` that of a loaded adapter.
             hotswap: put the adapter in the place of the loaded one, of whatever rank: which adapters are active, and
                 with which weights, stays as it is.
+            allow_mismatch: load an adapter of another base, with a warning, where its shapes fit.
+            verify: compare every file with the manifest; False loads a folder that was changed by hand.
             revision: branch, tag or commit of the repo; likewise `token`, `cache_dir` and `local_files_only`.
 
         Raises:
@@ -175,7 +180,7 @@ class AdaptableController:
         """
         if Path(name_or_path).is_dir():
             folder = Path(name_or_path)
-            if (folder / checkpoint.MANIFEST_NAME).is_file():
+            if verify and (folder / checkpoint.MANIFEST_NAME).is_file():
                 checkpoint.verify(folder)
         else:
             folder = transfer.fetch(
@@ -185,6 +190,7 @@ class AdaptableController:
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
+                verify=verify,
             ).folder
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
@@ -194,10 +200,13 @@ class AdaptableController:
         _check_same_settings(config, metadata, folder)
         expected, found = self.base_fingerprint(), metadata.get("base_fingerprint")
         if found != expected:
-            raise ValueError(
+            mismatch = (
                 f"The adapter in `{name_or_path}` was trained on another base: on {_named(config, found)}; this "
-                f"pipeline is {self._own_name(expected)}. Load the pipeline that the adapter was saved beside."
+                f"pipeline is {self._own_name(expected)}."
             )
+            if not allow_mismatch:
+                raise ValueError(f"{mismatch} Load the pipeline that the adapter was saved beside.")
+            warnings.warn(f"{mismatch} It is loaded all the same (`allow_mismatch`).", stacklevel=2)
         if hotswap:
             self._swap_adapter(config, state, adapter_name, folder)
         else:

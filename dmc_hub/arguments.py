@@ -216,6 +216,7 @@ class StageArguments(TaskArguments):
 
     pipeline: str = field(metadata={"help": "Folder or repo of the foundation pipeline, with its critic."})
     adapter: str | None = field(default=None, metadata={"help": "Adapter to continue; a new one by default."})
+    allow_mismatch: bool = field(default=False, metadata={"help": "Load an adapter of another base all the same."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of a new adapter."})
 
 
@@ -227,6 +228,7 @@ class CascadeArguments(TaskArguments):
     adapter: str | None = field(
         default=None, metadata={"help": "Adapter of the controller whose samples are up-sampled; none by default."}
     )
+    allow_mismatch: bool = field(default=False, metadata={"help": "Load an adapter of another base all the same."})
 
 
 @dataclass(kw_only=True)
@@ -236,6 +238,7 @@ class EvaluateArguments:
     task: str = field(metadata={"help": "The task; `dmc-hub tasks` lists them."})
     pipeline: str = field(metadata={"help": "Folder or repo of the pipeline."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or repo of an adapter."})
+    allow_mismatch: bool = field(default=False, metadata={"help": "Load an adapter of another base all the same."})
     num_candidates: int = field(default=16, metadata={"help": "Candidates per decision."})
     action_selection: Literal["greedy", "expectation", "softmax"] = field(
         default="greedy", metadata={"help": "How one action is chosen among the candidates."}
@@ -371,6 +374,13 @@ class CheckTaskArguments:
 
     task: str = field(metadata={"help": "The task, or `path/to/file.py:VARIABLE`, a task of your own."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
+
+
+@dataclass(kw_only=True)
+class DoctorArguments:
+    """Arguments of `dmc-hub doctor`."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of a run to look at; nothing is changed."})
 
 
 @dataclass(kw_only=True)

@@ -104,10 +104,8 @@ def commit_stage(stage: Path, folder: str | os.PathLike[str], metadata: Mapping[
     """Write the manifest of `stage`, flush it to disk and rename it to `folder`, replacing a folder of that
     name."""
     folder = Path(folder).absolute()
-    paths = sorted(path for path in stage.rglob("*") if path.is_file())
-    files = {path.relative_to(stage).as_posix(): record_of(path) for path in paths}
-    manifest = Manifest(__version__, files, dict(metadata or {}))
-    (stage / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
+    paths = sorted(path for path in stage.rglob("*") if path.is_file() and path != stage / MANIFEST_NAME)
+    manifest = write_manifest(stage, [path.relative_to(stage).as_posix() for path in paths], metadata)
     for path in [*paths, stage / MANIFEST_NAME, *(p for p in stage.rglob("*") if p.is_dir()), stage]:
         _flush(path)
     old = _hidden(folder, "old") if folder.exists() else None
@@ -123,6 +121,14 @@ def commit_stage(stage: Path, folder: str | os.PathLike[str], metadata: Mapping[
     _flush(folder.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+    return manifest
+
+
+def write_manifest(folder: Path, names: Iterable[str], metadata: Mapping[str, Any] | None = None) -> Manifest:
+    """Write the manifest of some files of a folder, paths relative to it; an earlier one stays until it is replaced."""
+    files = {name: record_of(folder / name) for name in sorted(names)}
+    manifest = Manifest(__version__, files, dict(metadata or {}))
+    write_text(folder / MANIFEST_NAME, manifest_text(manifest))
     return manifest
 
 
@@ -146,6 +152,11 @@ def remove_stale(parent: str | os.PathLike[str]) -> None:
                 os.rename(path, final)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def is_hidden_stage(path: Path) -> bool:
+    """Whether a path is a stage, or a folder that is being replaced or deleted."""
+    return _HIDDEN.fullmatch(path.name) is not None
 
 
 def _is_in_use(path: Path, pid: int) -> bool:
@@ -287,10 +298,16 @@ def prune(output_dir: str | os.PathLike[str], keep: int, protect: Iterable[Path]
     if doomed:
         verify(found[-1])
     for folder in doomed:
-        trash = _hidden(folder, "trash")
+        remove_folder(folder)
+    return doomed
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there, that is never half deleted under its name."""
+    trash = _hidden(folder.absolute(), "trash")
+    with suppress(FileNotFoundError):
         os.rename(folder, trash)
         shutil.rmtree(trash, ignore_errors=True)
-    return doomed
 
 
 def record_of(path: Path) -> FileRecord:

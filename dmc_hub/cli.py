@@ -212,6 +212,11 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "a task from environment to evaluation in small: does everything work?",
             "dmc-hub task check --task hopper-medium",
         ),
+        "doctor": Command(
+            "dmc_hub.commands:doctor",
+            "versions, extras, devices, caches, the folder of a run: is everything in order?",
+            "dmc-hub doctor --output-dir runs/nav1d-full",
+        ),
         "tasks": Command(
             "dmc_hub.cli:list_tasks",
             "list the known tasks",

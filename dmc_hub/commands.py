@@ -20,6 +20,7 @@ from dmc_hub.arguments import (
     CheckTaskArguments,
     CollectArguments,
     DemoArguments,
+    DoctorArguments,
     EvaluateArguments,
     FoundationArguments,
     InfoArguments,
@@ -32,6 +33,8 @@ from dmc_hub.arguments import (
     require_positive,
 )
 from dmc_hub.data import refuse_defects, validate_dataset
+from dmc_hub.doctor import diagnose
+from dmc_hub.errors import RunError
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
@@ -159,6 +162,17 @@ def check_task(arguments: CheckTaskArguments) -> None:
     print(f"{task.name}  ok in {time.perf_counter() - start:.1f} s")
 
 
+def doctor(arguments: DoctorArguments) -> None:
+    """Say whether everything is in order."""
+    findings = []
+    for finding in diagnose(arguments.output_dir):
+        findings.append(finding)
+        print(cards.one_line(f"{finding.state:8} {finding.subject:18} {finding.detail}"), flush=True)
+    problems = [finding.subject for finding in findings if finding.state == "problem"]
+    if problems:
+        raise RunError(f"{len(problems)} problems: {', '.join(problems)}.")
+
+
 def reproduce_nav1d(arguments: ReproduceNav1DArguments) -> None:
     """Run the Nav1D rows of the paper's tables."""
     require_positive(arguments, "num_episodes")
@@ -264,7 +278,7 @@ def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
     """Train an up-sampler; the pipeline is saved with it and without the adapter, which fits it as before."""
     task, output_dir = get_task(arguments.task), _output_dir(config)
     _check_data(arguments)
-    pipeline = _load(arguments.pipeline, arguments.adapter)
+    pipeline = _load(arguments)
     resume = _prepare(output_dir / "pipeline", config)
     trainer = CascadeTrainer(pipeline, config, train_dataset=task.episodes(config.seed, arguments.data))
     trainer.train(resume_from_checkpoint=resume)
@@ -281,7 +295,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         raise ValueError(f"`output` {arguments.output} lies in a folder that does not exist.")
     if arguments.videos is not None and task.make_render_env is None:
         raise ValueError(f"`videos` cannot be made: `task` {task.name!r} has no environment that draws.")
-    pipeline = _load(arguments.pipeline, arguments.adapter)
+    pipeline = _load(arguments)
     controller = "planner" if type(pipeline).__name__ == "DiffuserPlannerPipeline" else "policy"
     options: dict[str, Any] = {
         "first_seed": arguments.first_seed,
@@ -329,7 +343,7 @@ def _train_stage(trainer_type: type[DiffusionTrainer], arguments: StageArguments
 
     task, output_dir = get_task(arguments.task), _output_dir(config)
     _check_data(arguments)
-    pipeline = _load(arguments.pipeline, arguments.adapter)
+    pipeline = _load(arguments)
     resume = _prepare(output_dir / "adapter", config)
     trainer = trainer_type(
         pipeline,
@@ -367,11 +381,11 @@ def _save_pipeline(pipeline: Any, folder: Path, task: Task, facts: dict[str, Any
     _say(f"saved {folder}")
 
 
-def _load(pipeline: str, adapter: str | None) -> Any:
+def _load(arguments: StageArguments | CascadeArguments | EvaluateArguments) -> Any:
     """The pipeline, with the adapter if there is one."""
-    loaded = load_pipeline(pipeline)
-    if adapter is not None:
-        loaded.load_lora_weights(adapter)
+    loaded = load_pipeline(arguments.pipeline)
+    if arguments.adapter is not None:
+        loaded.load_lora_weights(arguments.adapter, allow_mismatch=arguments.allow_mismatch)
     return loaded
 
 

@@ -44,6 +44,7 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        verify: bool = True,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -60,6 +61,7 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
             cache_dir: huggingface_hub's by default.
             local_files_only: use only what was downloaded before.
             force_download: download even what was downloaded before.
+            verify: compare every file with the manifest; False loads a folder that was changed by hand.
             trust_remote_code: run the code of components that are neither ours nor a library's.
             kwargs: diffusers' further arguments, such as `torch_dtype` or a component to use instead.
 
@@ -70,7 +72,7 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
         """
         source, repo = Path(pretrained_model_name_or_path), None
         if source.is_dir():
-            manifest = checkpoint.verify(source) if (source / checkpoint.MANIFEST_NAME).is_file() else None
+            manifest = checkpoint.verify(source) if verify and (source / checkpoint.MANIFEST_NAME).is_file() else None
         else:
             repo = transfer.fetch(
                 transfer.repo_id_of(pretrained_model_name_or_path),
@@ -80,8 +82,9 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 force_download=force_download,
+                verify=verify,
             )
-            source, manifest = repo.folder, repo.manifest
+            source, manifest = repo.folder, repo.manifest if verify else None
         names = [base.__name__ for base in cls.__mro__]
         index = portable.check_loadable(source, names, trust_remote_code=trust_remote_code)
         if manifest is not None:
@@ -117,7 +120,7 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
     ) -> None:
-        """As in diffusers, as safetensors, with the code that plain diffusers needs to load it.
+        """As in diffusers, as safetensors, with the code that plain diffusers needs to load it, and a manifest.
 
         Raises:
             ValueError: an adapter is attached: diffusers would write a broken checkpoint.
@@ -133,7 +136,9 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
                 "`upsampler_policy().unload_lora()` and save the pipeline."
             )
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        portable.embed(Path(save_directory), self)
+        folder = Path(save_directory)
+        portable.embed(folder, self)
+        checkpoint.write_manifest(folder, portable.pipeline_files(folder))
 
     def push_to_hub(
         self,

@@ -10,14 +10,23 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import re
 import sys
-from collections.abc import Collection, Mapping
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from dmc_hub import checkpoint
 from dmc_hub.errors import DmcHubError
@@ -262,7 +271,10 @@ def check_loadable(folder: Path, class_names: list[str], *, trust_remote_code: b
         raise UnreadableRepoError(f"`{folder}` holds a {class_name}, not a {class_names[0]}.")
     for name, (module, component_class) in _components(named).items():
         if module.startswith("dmc_hub."):
-            _check_settings(folder / name, _installed_class(module, component_class, index, folder), index)
+            installed = _installed_class(module, component_class, index, folder)
+            _check_settings(folder / name, installed, index)
+            if issubclass(installed, nn.Module):
+                _check_shapes(folder / name, installed)
         elif module not in _LIBRARIES and not trust_remote_code and not _is_imported(module, component_class):
             raise UnreadableRepoError(
                 f"`{folder}`: the component {name} is a {component_class} of {module}, which is neither of dmc_hub nor "
@@ -271,6 +283,64 @@ def check_loadable(folder: Path, class_names: list[str], *, trust_remote_code: b
         for path in (folder / name).glob("*.safetensors"):
             read_header(path)
     return index
+
+
+def _check_shapes(folder: Path, component: Any) -> None:
+    """Compare the network that a configuration describes with its weights, before either is allocated.
+
+    Raises:
+        UnreadableRepoError: weights that are missing, left over or of other shapes, or a configuration of more of them.
+    """
+    files = {path: _WEIGHTS.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors"))}
+    variants = {path: match["variant"] for path, match in files.items() if match is not None}
+    if not variants:
+        return  # what loads it says what is missing
+    chosen = min(variants.values(), key=lambda variant: (variant is not None, variant))
+    held = {k: e for path, kind in variants.items() if kind == chosen for k, e in read_header(path).items()}
+    try:
+        shapes = {name: tuple(entry["shape"]) for name, entry in held.items()}
+        with torch.device("meta"), _limited_size(sum(math.prod(shape) for shape in shapes.values())):
+            wanted = {
+                k: tuple(v.shape)
+                for k, v in component.from_config(read_json(folder / component.config_name)).state_dict().items()
+            }
+    except UnreadableRepoError as error:
+        raise UnreadableRepoError(f"`{folder / component.config_name}` does not fit its weights: {error}") from error
+    except Exception as error:  # whatever a damaged configuration or header makes of a constructor
+        raise UnreadableRepoError(f"`{folder}` does not load: {type(error).__name__}: {error}") from error
+    if wanted.keys() != shapes.keys():
+        raise _wrong_weights(folder, component.__name__, set(wanted), set(shapes))
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise UnreadableRepoError(f"`{folder}`: {name} has shape {shapes[name]}, its configuration says {shape}.")
+
+
+def _wrong_weights(folder: Path, class_name: str, wanted: set[str], held: set[str]) -> UnreadableRepoError:
+    return UnreadableRepoError(
+        f"`{folder}` does not hold the weights of its {class_name}: it lacks {sorted(wanted - held)[:3]} and has the "
+        f"unknown {sorted(held - wanted)[:3]}."
+    )
+
+
+@contextmanager
+def _limited_size(num_elements: int) -> Iterator[None]:
+    """Inside the block a network of many more numbers than its weights file holds is refused while it is built."""
+    limit, count = 2 * num_elements + 1000, 0
+
+    def register(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal count
+        count += 0 if tensor is None else tensor.numel()
+        if count > limit:
+            raise UnreadableRepoError(
+                f"it describes a network of more than {limit:,} numbers, the file has {num_elements:,}."
+            )
+
+    hooks = (register_module_parameter_registration_hook(register), register_module_buffer_registration_hook(register))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_nothing_added(folder: Path, files: Collection[str]) -> None:
@@ -313,12 +383,36 @@ def _check_settings(folder: Path, component: Any, index: Mapping[str, Any]) -> N
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not abs(number) <= MAX_SETTING:
                 raise UnreadableRepoError(f"`{path}` has {name}={number}, more than a network of dmc_hub has.")
+    hints = typing.get_type_hints(component.__init__)
+    for name, value in held.items():
+        if name in known and not _fits(value, hints.get(name, Any)):
+            expected = getattr(hints[name], "__name__", str(hints[name]))
+            raise UnreadableRepoError(f"`{path}`: {name!r} must be {expected}, got {value!r:.80}.")
     unknown = [name for name in held if not name.startswith("_") and name not in known]
     if unknown:
         raise UnreadableRepoError(
             f"`{path}` has settings that {component.__name__} of dmc_hub {__version__} does not know: "
             f"{', '.join(unknown)}. It was written by dmc_hub {(index.get(FACTS) or {}).get('version', 'unknown')}."
         )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value can be what an annotation says; annotations of other than plain types take everything."""
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, alternative) for alternative in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is types.NoneType:
+        return value is None
+    if origin in (bool, str, dict):
+        return isinstance(value, origin)
+    if origin in (int, float):
+        return isinstance(value, (int, float) if origin is float else int) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence):
+        items = [each for each in arguments if each is not Ellipsis]
+        return isinstance(value, list) and (not items or all(_fits(item, items[0]) for item in value))
+    return True
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -368,10 +462,7 @@ def check_weights(folder: Path, components: Mapping[str, Any], variant: str | No
         held = {key for path, kind in variants.items() if kind == chosen for key in read_header(path)}
         wanted = set(module.state_dict())
         if held != wanted:
-            raise UnreadableRepoError(
-                f"`{folder / name}` does not hold the weights of its {type(module).__name__}: it lacks "
-                f"{sorted(wanted - held)[:3]} and has the unknown {sorted(held - wanted)[:3]}."
-            )
+            raise _wrong_weights(folder / name, type(module).__name__, wanted, held)
         broken = [key for key, parameter in module.named_parameters() if not parameter.isfinite().all()]
         if broken:
             raise UnreadableRepoError(f"`{folder / name}` holds NaN or infinite weights: {', '.join(broken[:3])}.")

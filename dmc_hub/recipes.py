@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -425,7 +424,7 @@ def _train_part(
 def _remove_parts(folder: Path, *names: str) -> None:
     """Remove the checkpoints of parts that are finished and saved."""
     for name in names:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        checkpoint.remove_folder(folder / name)
     with suppress(OSError):  # another part is not finished
         folder.rmdir()
 

@@ -207,6 +207,7 @@ def test_saved_and_loaded_is_bit_identical(tmp_path: Path, settings: dict[str, A
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "manifest.json",
         "pytorch_lora_weights.safetensors",
     ]
 
@@ -334,8 +335,10 @@ def test_a_damaged_adapter_is_refused_and_the_pipeline_unchanged(tmp_path: Path,
     fingerprint = pipeline.base_fingerprint()
     inflict, message = DAMAGES[damage]
     inflict(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"is missing|is truncated|longer than it was written|was changed"):
         pipeline.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pipeline.load_lora_weights(tmp_path, verify=False)
     assert_untouched(pipeline, fingerprint)
 
 
@@ -343,6 +346,7 @@ def test_a_damaged_adapter_is_refused_and_the_pipeline_unchanged(tmp_path: Path,
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, missing: str) -> None:
     adapted().save_lora_weights(tmp_path)
     (tmp_path / missing).unlink()
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=f"is not an adapter: it has no file {missing}"):
         planner().load_lora_weights(tmp_path)
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -509,6 +508,8 @@ class SequentialAligner:
         """Take up the finished stages of an earlier run in the same folder."""
         if self.config.output_dir is None or self.results:
             return
+        if (unfinished := Path(self.config.output_dir) / "unfinished").is_dir():
+            checkpoint.remove_stale(unfinished)
         for stage, name in enumerate(["foundation", *self.stage_names]):
             folder = self._stage_folder(stage, name)
             if not folder.is_dir():
@@ -522,6 +523,7 @@ class SequentialAligner:
                 self._best = (result.return_mean, self._adapter())
             self.results.append(result)
             self.num_resumed = len(self.results)
+            self._remove_work_folders(stage, name)  # of a run that ended between the two
 
     def _resume_collection(self, stage: int) -> None:
         is_online = self.collector is not None and stage > 1
@@ -550,7 +552,7 @@ class SequentialAligner:
     def _remove_work_folders(self, stage: int, method: str) -> None:
         if self.config.output_dir is not None:
             for attempt in range(self.config.num_retries + 1):
-                shutil.rmtree(self._work_folder(stage, method, attempt), ignore_errors=True)
+                checkpoint.remove_folder(self._work_folder(stage, method, attempt))
 
     def _load_adapter(self, folder: Path) -> None:
         self.pipeline.unload_lora()

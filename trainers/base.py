@@ -607,7 +607,8 @@ class DiffusionTrainer(Trainer, ABC):
         """About what a checkpoint takes: its tensors, and a little for everything else."""
         adapter = adapter_to_train(self.model)
         weights = self._trainable if adapter is not None else list(self.model.parameters())
-        held = [value for entries in self.optimizer.state.values() for value in entries.values()]
+        states = {} if self.optimizer is None else self.optimizer.state
+        held = [value for entries in states.values() for value in entries.values()]
         averaged = [] if self._ema is None else self._ema.shadow_params
         tensors = [*weights, *held, *averaged, *self.extra_state().values()]
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor)]

@@ -57,7 +57,7 @@ def load_episodes(
         ValueError: as `open_source`, `convert` and `Episodes.from_dataset`; or an option that the source has not.
         CheckpointError: a converted folder is not complete.
     """
-    options = {"format": format, "config": config, "split": split, "revision": revision, "token": token}
+    options: dict[str, Any] = {"format": format, "config": config, "split": split, "revision": revision, "token": token}
     return Episodes.from_dataset(open_dataset(source, **options, **reader_options))
 
 

@@ -246,13 +246,13 @@ def _content_defects(episodes: Episodes, action_bounds: tuple[np.ndarray, np.nda
             yield Defect("wrong-width", f"'actions' has {episodes.action_dim} entries, the action space {low.size}")
         else:
             slack = 1e-4 * np.where(np.isfinite(high - low), high - low, 0.0)
-            outside = (episodes.actions < low - slack) | (episodes.actions > high + slack)
-            yield from _at(episodes, "action-out-of-range", "an action is outside the space", outside.any(axis=1))
+            outside = ((episodes.actions < low - slack) | (episodes.actions > high + slack)).any(axis=1)
+            yield from _at(episodes, "action-out-of-range", "an action is outside the space", np.asarray(outside))
     yield from _broken_transitions(episodes)
     for name in ("observations", "actions"):
         rows = getattr(episodes, name)
-        constant = np.flatnonzero(rows.min(axis=0) == rows.max(axis=0)) if episodes.num_steps > 1 else []
-        if len(constant):
+        constant = np.flatnonzero(rows.min(axis=0) == rows.max(axis=0)).tolist() if episodes.num_steps > 1 else []
+        if constant:
             entries = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
             yield Defect("constant-dimension", f"{name!r} never changes in {len(constant)} entries: {entries}")
     if episodes.num_steps > 1 and episodes.rewards.min() == episodes.rewards.max():

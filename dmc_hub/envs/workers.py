@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import queue
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.error import NoAsyncCallError
+from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
@@ -29,10 +31,11 @@ class WorkerFailureWarning(UserWarning):
 class RestartingVectorEnv(AsyncVectorEnv):
     """gymnasium's `AsyncVectorEnv` that survives its workers.
 
-    A worker that raises in `reset` or `step`, that dies, or that does not answer in time is replaced by a new process,
-    with a `WorkerFailureWarning` that names the worker, the seed of its episode and the step. Its episode is lost: that
-    call's `info["worker_failure"]` says why (`info["_worker_failure"]` is the mask), and until the next `reset` of all
-    environments it answers with zeros. `dmc_hub.rollout.run_episodes` then runs the episode again.
+    A worker that raises in `reset` or `step`, that dies, that does not answer in time, or whose answer is NaN, of a
+    wrong shape or far outside the observation space is replaced by a new process, with a `WorkerFailureWarning` that
+    names the worker, the seed of its episode and the step. Its episode is lost: that call's `info["worker_failure"]`
+    says why (`info["_worker_failure"]` is the mask), and until the next `reset` of all environments it answers with
+    zeros. `dmc_hub.rollout.run_episodes` then runs the episode again.
 
     Autoreset is gymnasium's NEXT_STEP.
 
@@ -194,7 +197,31 @@ class RestartingVectorEnv(AsyncVectorEnv):
         except (EOFError, OSError):
             process.join(1.0)
             return None, f"its process ended with exit code {process.exitcode}"
-        return (answer, "") if is_success else (None, self._raised(index))
+        if not is_success:
+            return None, self._raised(index)
+        problem = self._problem(answer)
+        return (None, problem) if problem else (answer, "")
+
+    def _problem(self, answer: tuple[Any, ...]) -> str:
+        """What is wrong with an answer to `reset` or `step`; empty if nothing is."""
+        space = self.single_observation_space
+        try:
+            observation = np.asarray(answer[0], dtype=np.float64)
+            reward = float(answer[1]) if len(answer) == 5 else 0.0
+        except (TypeError, ValueError) as error:
+            return f"its observation or reward is no number ({error})"
+        if observation.shape != space.shape:
+            return f"its observation has the shape {observation.shape} instead of {space.shape}"
+        if not np.isfinite(observation).all():
+            return f"its observation is not finite: {observation}"
+        if not math.isfinite(reward):
+            return f"its reward is {reward}"
+        if isinstance(space, Box):
+            low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+            slack = np.where(np.isfinite(high - low), high - low, 0.0)
+            if ((observation < low - slack) | (observation > high + slack)).any():
+                return f"its observation {observation} is far outside {space}"
+        return ""
 
     def _raised(self, index: int) -> str:
         """The exception of a worker that says it has raised one."""

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard
 from dmc_hub.data import (
     DatasetCardText,
     DatasetConfig,
+    DatasetDefectsError,
     Episodes,
     dataset_statistics,
     episode_features,
@@ -76,7 +77,7 @@ def test_missing_shard_is_noticed(nav1d_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(nav1d_folder, folder)
     (folder / "data/full/train-00001-of-00003.parquet").unlink()
-    with pytest.raises(datasets.exceptions.NonMatchingSplitsSizesError):
+    with pytest.raises(DatasetDefectsError, match=r"train-00001-of-00003\.parquet` is missing"):
         load_episodes(folder)
 
 

@@ -34,7 +34,7 @@ class Fragile(gym.Env[np.ndarray, np.ndarray]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        self.seed = 100 if seed is None else seed
+        self.seed, self.broken = 100 if seed is None else seed, ""
         self.count, self.state = 0, float(self.seed)
         self._fail_if_due()
         return self._observation(), {}
@@ -44,10 +44,12 @@ class Fragile(gym.Env[np.ndarray, np.ndarray]):
         self._fail_if_due()
         self.state += float(action[0])
         is_over = self.count == 3 + self.seed % 3
-        return self._observation(), 10 * self.state, is_over and self.seed % 2 == 0, is_over and self.seed % 2 == 1, {}
+        reward = float("inf") if self.broken == "reward" else 10 * self.state
+        return self._observation(), reward, is_over and self.seed % 2 == 0, is_over and self.seed % 2 == 1, {}
 
     def _observation(self) -> np.ndarray:
-        return np.array([self.state], dtype=np.float32)
+        broken = {"nan": [np.nan], "shape": [0.0, 0.0], "words": ["a"]}
+        return np.array(broken.get(self.broken, [self.state]))
 
     def _fail_if_due(self) -> None:
         step, how = self.failures.get(self.seed, (-1, ""))
@@ -62,7 +64,9 @@ class Fragile(gym.Env[np.ndarray, np.ndarray]):
             raise ZeroDivisionError("no ground to stand on")
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(3600)
+        if how == "hang":
+            time.sleep(3600)
+        self.broken = how
 
 
 def restarting(num_workers: int, *arguments: Any, timeout: float = 30.0) -> RestartingVectorEnv:
@@ -90,6 +94,11 @@ def assert_same_episodes(ours: Any, theirs: Any) -> None:
         ("hang", 2, "it did not answer in time"),
         ("raise", 0, r"it raised ZeroDivisionError\('no ground to stand on'\)"),
         ("kill", 0, "its process ended with exit code -9"),
+        ("nan", 2, r"its observation is not finite: \[nan\]"),
+        ("nan", 0, r"its observation is not finite: \[nan\]"),
+        ("shape", 2, r"its observation has the shape \(2,\) instead of \(1,\)"),
+        ("words", 2, "its observation or reward is no number .*"),
+        ("reward", 2, "its reward is inf"),
     ],
 )
 def test_a_worker_that_fails_is_restarted_and_its_episode_repeated(

@@ -96,8 +96,8 @@ def reward(observations: Tensor, actions: Tensor) -> Tensor:
     return action + ((2 * action).round() / 2 - action).detach()
 
 
-def make_trainer(name: str, episodes: Episodes, mixin: type | None = None) -> Any:
-    """The trainer of a case; `mixin` makes it the one process, with the batch of both."""
+def make_trainer(name: str, episodes: Episodes, mixin: type | None = None, **overrides: Any) -> Any:
+    """The trainer of a case; `mixin` makes it the one process, with the batch of both; `overrides` are settings."""
     trainer_type, config_type, controller, settings = CASES[name]
     torch.manual_seed(0)
     normalizer = Normalizer.from_data(episodes.observations, episodes.actions)
@@ -112,7 +112,7 @@ def make_trainer(name: str, episodes: Episodes, mixin: type | None = None) -> An
         pipeline = DiffuserPlannerPipeline(*parts, horizon=4, num_inference_steps=4)
     options: dict[str, Any] = {"output_dir": None, "disable_tqdm": True, "logging_steps": 1}
     options |= {"max_steps": 3, "per_device_train_batch_size": BATCH, "optim": "sgd", "learning_rate": 0.05}
-    options |= settings
+    options |= {**settings, **overrides}
     samples = trainer_type not in (DenoisingTrainer, IQLTrainer)
     own: dict[str, Any] = {"reward_function": reward} if samples else {}
     if samples and trainer_type is not CascadeTrainer:
