@@ -493,7 +493,9 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
     def coefficients(self, timestep: float | Tensor, sample: Tensor) -> Coefficients:
         """Schedule values at `timestep` (a number or shape `(batch,)`), float64, broadcastable against `sample`."""
         if not isinstance(timestep, Tensor) or timestep.ndim == 0:
-            return self._once(("at", float(timestep)), lambda: Coefficients(*self.noise_schedule(self._number(timestep))))
+            return self._once(
+                ("at", float(timestep)), lambda: Coefficients(*self.noise_schedule(self._number(timestep)))
+            )
         return Coefficients(*self.noise_schedule(self._time_of(timestep, sample)))
 
     def _time_of(self, timestep: float | Tensor, sample: Tensor) -> Tensor:
