@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
@@ -27,6 +27,7 @@ from torch import Tensor
 PredictionType = Literal["epsilon", "sample", "v_prediction", "velocity", "score"]
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", "score")
 KERNELS = ("ancestral", "euler_maruyama", "dpm_solver_2m")
+MOST_KEPT = 10_000  # numbers of a few bytes each
 
 
 class NoiseSchedule(ABC):
@@ -305,29 +306,49 @@ def _sum_entries(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.flatten(1).sum(1)
 
 
-def ancestral(x0: Tensor, eps: Tensor, at_t: Coefficients, at_s: Coefficients, *, eta: float) -> GaussianTransition:
+@dataclass(frozen=True)
+class KernelWeights:
+    """A kernel between two times as numbers: `mean = x + span (clean x0 + noise eps)`, or `clean x0 + noise eps` where
+    `span` is None, and `std`."""
+
+    clean: Tensor
+    noise: Tensor
+    std: Tensor
+    span: Tensor | None = None
+
+    def to(self, sample: Tensor) -> KernelWeights:
+        span = None if self.span is None else self.span.to(sample)
+        return KernelWeights(self.clean.to(sample), self.noise.to(sample), self.std.to(sample), span)
+
+    def transition(self, x_t: Tensor, x0: Tensor, eps: Tensor) -> GaussianTransition:
+        """The transition from `x_t` for the predictions `x0` and `eps`, all of one shape."""
+        direction = self.clean * x0 + self.noise * eps
+        return GaussianTransition(direction if self.span is None else x_t + direction * self.span, self.std)
+
+
+def ancestral(at_t: Coefficients, at_s: Coefficients, *, eta: float) -> KernelWeights:
     """The ancestral kernel: DDPM at `eta = 1`, DDIM at `eta = 0` (Eq. 12 and 16 of arXiv:2010.02502), for any schedule.
 
     `std = eta sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) sigma_s / sigma_t` and
-    `mean = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps`. The coefficients are float64; the result has the dtype of `x0`.
+    `mean = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps`.
     """
     added = (at_t.sigma**2 - (at_t.alpha / at_s.alpha) ** 2 * at_s.sigma**2).clamp(min=0)
     std = eta * torch.sqrt(added) * at_s.sigma / at_t.sigma
-    direction = torch.sqrt((at_s.sigma**2 - std**2).clamp(min=0))
-    return GaussianTransition(at_s.alpha.to(x0) * x0 + direction.to(x0) * eps, std.to(x0))
+    return KernelWeights(at_s.alpha, torch.sqrt((at_s.sigma**2 - std**2).clamp(min=0)), std)
 
 
-def euler_maruyama(
-    x_t: Tensor, x0: Tensor, eps: Tensor, at_t: Coefficients, t: Tensor, s: Tensor, *, g: Tensor
-) -> GaussianTransition:
+def euler_maruyama(at_t: Coefficients, t: Tensor, s: Tensor, *, g: Tensor) -> KernelWeights:
     """One Euler–Maruyama step of the reverse SDE whose marginals are those of the probability-flow ODE.
 
     `mean = x + (u + g^2 eps / (2 sigma)) (s - t)` with `u = d_alpha x0 + d_sigma eps`, `std = g sqrt(t - s)`: the
     reverse VP-SDE of arXiv:2011.13456 at `g = sqrt(beta(t))` and the SDE of Flow-GRPO (arXiv:2505.05470).
     """
-    drift = at_t.d_alpha.to(x0) * x0 + (at_t.d_sigma + g**2 / (2 * at_t.sigma)).to(x0) * eps
-    std = g * torch.sqrt((t - s).clamp(min=0))
-    return GaussianTransition(x_t + drift * (s - t).to(x0), std.to(x0))
+    noise = at_t.d_sigma + g**2 / (2 * at_t.sigma)
+    return KernelWeights(at_t.d_alpha, noise, g * torch.sqrt((t - s).clamp(min=0)), span=s - t)
+
+
+def _log_snr(at: Coefficients) -> Tensor:
+    return torch.log(at.alpha / at.sigma)
 
 
 def _diffusion(at_t: Coefficients, at_s: Coefficients) -> Tensor:
@@ -425,8 +446,9 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(self.noise_schedule, TabulatedSchedule):
             self.noise_schedule.check_levels(num_train_timesteps)
         self.num_inference_steps: int | None = None
+        self._of_numbers: dict[tuple[Any, ...], Any] = {}
         self._trajectory: DenoisingTrajectory | None = None
-        self._previous: tuple[Tensor, Tensor] | None = None  # x0_hat and log-SNR of the step before: multistep solver
+        self._previous: tuple[Tensor, float] | None = None  # x0_hat and timestep of the step before: multistep solver
         self.set_timesteps(self.noise_schedule.most_inference_steps(num_train_timesteps))
 
     # Time
@@ -450,6 +472,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         origin = self.noise_schedule.timestep_origin
         grid = [level - origin for level in self.noise_schedule.inference_levels(levels, num_inference_steps)]
         self._previous = None
+        self._first_timestep = grid[0]
         self._next_timestep: dict[float, float] = dict(itertools.pairwise(grid))
         self.timesteps = torch.tensor(grid[:-1], device=device)
 
@@ -469,10 +492,29 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
 
     def coefficients(self, timestep: float | Tensor, sample: Tensor) -> Coefficients:
         """Schedule values at `timestep` (a number or shape `(batch,)`), float64, broadcastable against `sample`."""
-        t = self.time(timestep)
-        if t.ndim:
-            t = t.to(sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
-        return Coefficients(*self.noise_schedule(t))
+        if not isinstance(timestep, Tensor) or timestep.ndim == 0:
+            return self._once(
+                ("at", float(timestep)), lambda: Coefficients(*self.noise_schedule(self._number(timestep)))
+            )
+        return Coefficients(*self.noise_schedule(self._time_of(timestep, sample)))
+
+    def _time_of(self, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """As `time`, broadcastable against `sample`."""
+        if not isinstance(timestep, Tensor) or timestep.ndim == 0:
+            return self._number(timestep)
+        return self.time(timestep).to(sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
+
+    def _number(self, timestep: float | Tensor) -> Tensor:
+        return self.time(timestep.cpu() if isinstance(timestep, Tensor) else timestep)
+
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """What follows from numbers and the configuration alone, which is fixed: computed once for all samples."""
+        if key not in self._of_numbers:
+            if len(self._of_numbers) >= MOST_KEPT:
+                self._of_numbers.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                self._of_numbers[key] = compute()
+        return self._of_numbers[key]
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Uniformly drawn training levels, shape `(batch_size,)`, int64, on the CPU."""
@@ -501,19 +543,28 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The sample as the network wants to see it: of about unit variance for every schedule."""
-        if self.config.schedule == "variance_exploding":
-            t = self.time(timestep).reshape(-1, *(1,) * (sample.ndim - 1))
-            return sample * self.noise_schedule.input_scale(t).to(sample)
-        return sample
+        if self.config.schedule != "variance_exploding":
+            return sample
+        if isinstance(timestep, Tensor) and timestep.ndim:
+            return sample * self.noise_schedule.input_scale(self._time_of(timestep, sample)).to(sample)
+        key = ("scale", float(timestep), sample.dtype, sample.device)
+        return sample * self._once(key, lambda: self.noise_schedule.input_scale(self._number(timestep)).to(sample))
 
     def predict(self, model_output: Tensor, sample: Tensor, timestep: float | Tensor) -> tuple[Tensor, Tensor]:
         """`(x0_hat, eps_hat)`; with `clip_range`, `eps_hat` belongs to the clipped `x0_hat`, as in DDPM."""
-        at = self.coefficients(timestep, sample).to(sample)
+        at = self._coefficients_for(sample, timestep)
         x0, eps = predict_clean_and_noise(model_output, sample, at, self.config.prediction_type)
         if self.config.clip_range is not None:
             x0 = x0.clamp(-self.config.clip_range, self.config.clip_range)
             eps = (sample - at.alpha * x0) / at.sigma
         return x0, eps
+
+    def _coefficients_for(self, sample: Tensor, timestep: float | Tensor) -> Coefficients:
+        """Of the dtype and on the device of `sample`."""
+        if isinstance(timestep, Tensor) and timestep.ndim:
+            return self.coefficients(timestep, sample).to(sample)
+        key = ("at", float(timestep), sample.dtype, sample.device)
+        return self._once(key, lambda: self.coefficients(timestep, sample).to(sample))
 
     # Transitions
 
@@ -542,14 +593,33 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
             )
         if next_timestep is None:
             next_timestep = self.next_timestep(timestep)
-        eta = self.config.eta if eta is None else eta
         x0, eps = self.predict(model_output, sample, timestep)
+        return self._kernel_weights(sample, timestep, next_timestep, eta).transition(sample, x0, eps)
+
+    def _kernel_weights(
+        self, sample: Tensor, timestep: float | Tensor, next_timestep: float | Tensor, eta: float | None
+    ) -> KernelWeights:
+        eta = self.config.eta if eta is None else eta
+        if any(isinstance(each, Tensor) and each.ndim for each in (timestep, next_timestep)):
+            return self._new_kernel_weights(sample, timestep, next_timestep, eta).to(sample)
+        key = ("kernel", float(timestep), float(next_timestep), eta, sample.dtype, sample.device)
+        return self._once(key, lambda: self._new_kernel_weights(sample, timestep, next_timestep, eta).to(sample))
+
+    def _new_kernel_weights(
+        self, sample: Tensor, timestep: float | Tensor, next_timestep: float | Tensor, eta: float
+    ) -> KernelWeights:
         at_t, at_s = self.coefficients(timestep, sample), self.coefficients(next_timestep, sample)
         if self.config.kernel == "ancestral":
-            return ancestral(x0, eps, at_t, at_s, eta=eta)
-        shape = (-1, *(1,) * (sample.ndim - 1))
-        t, s = (self.time(step).reshape(shape).to(sample.device) for step in (timestep, next_timestep))
-        return euler_maruyama(sample, x0, eps, at_t, t, s, g=eta * _diffusion(at_t, at_s))
+            return ancestral(at_t, at_s, eta=eta)
+        t, s = self._time_of(timestep, sample), self._time_of(next_timestep, sample)
+        return euler_maruyama(at_t, t, s, g=eta * _diffusion(at_t, at_s))
+
+    def _largest_std(self, timestep: float | Tensor, eta: float | None) -> float:
+        """Of the step from `timestep`, which waits for no device."""
+        eta, clean = self.config.eta if eta is None else eta, self.next_timestep(timestep)
+        sample = torch.empty(0)
+        key = ("std", float(timestep), clean, eta)
+        return self._once(key, lambda: float(self._new_kernel_weights(sample, float(timestep), clean, eta).std.max()))
 
     def step(
         self,
@@ -566,10 +636,11 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
             return SchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
         transition = self.transition(model_output, sample, timestep, eta=eta)
         x_s = transition.mean
-        if bool((transition.std > 0).any()):
+        std = self._largest_std(timestep, eta)
+        if std > 0:
             x_s = transition.sample(randn(sample.shape, generator, sample.device).to(sample))
         if self._trajectory is not None:
-            self._append(self._trajectory, transition, sample, x_s, timestep)
+            self._append(self._trajectory, transition, sample, x_s, timestep, std)
         return SchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
 
     def _solver_step(self, model_output: Tensor, sample: Tensor, timestep: float | Tensor) -> Tensor:
@@ -579,20 +650,27 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         if self._trajectory is not None:
             raise ValueError("The kernel 'dpm_solver_2m' cannot be recorded: it has no log-probabilities.")
         x0, _ = self.predict(model_output, sample, timestep)
-        at_t = self.coefficients(timestep, sample)
-        at_s = self.coefficients(self.next_timestep(timestep), sample)
-        log_snr = torch.log(at_t.alpha / at_t.sigma)
-        estimate = x0
-        if self._previous is not None and float(timestep) != float(self.timesteps[0]) and float(at_s.sigma.min()) > 0:
-            earlier, earlier_log_snr = self._previous
-            step = torch.log(at_s.alpha / at_s.sigma) - log_snr
-            share = (step / (2 * (log_snr - earlier_log_snr))).to(x0)
-            if bool(torch.isfinite(share).all()):  # at t = 1 of the flow schedule the log-SNR is -infinity
-                estimate = (1 + share) * x0 - share * earlier
-        self._previous = (x0, log_snr)
+        is_first = self._previous is None or float(timestep) == float(self._first_timestep)
+        earlier_x0, earlier = (x0, None) if is_first else cast(Any, self._previous)
+        key = ("solver", float(timestep), self.next_timestep(timestep), earlier, sample.dtype, sample.device)
+        shrink, pull, share = self._once(key, lambda: self._solver_weights(timestep, earlier, x0))
+        estimate = x0 if share is None else (1 + share) * x0 - share * earlier_x0
+        self._previous = (x0, float(timestep))
+        return shrink * sample + pull * estimate
+
+    def _solver_weights(
+        self, timestep: float | Tensor, earlier: float | None, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the sample, of the clean prediction, and the share of its extrapolation, None where there is none."""
+        at_t, at_s = (self.coefficients(each, like) for each in (timestep, self.next_timestep(timestep)))
         shrink = at_s.sigma / at_t.sigma
-        pull = at_s.alpha - shrink * at_t.alpha
-        return shrink.to(x0) * sample + pull.to(x0) * estimate
+        weights = shrink.to(like), (at_s.alpha - shrink * at_t.alpha).to(like)
+        if earlier is None or float(at_s.sigma) <= 0:
+            return *weights, None
+        log_snr, earlier_log_snr = (_log_snr(each) for each in (at_t, self.coefficients(earlier, like)))
+        share = (_log_snr(at_s) - log_snr) / (2 * (log_snr - earlier_log_snr))
+        is_finite = bool(torch.isfinite(share))  # at t = 1 of the flow schedule the log-SNR is -infinity
+        return *weights, share.to(like) if is_finite else None
 
     @contextmanager
     def record(self, mask: Tensor | None = None) -> Iterator[DenoisingTrajectory]:
@@ -612,13 +690,14 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         x_t: Tensor,
         x_s: Tensor,
         timestep: float | Tensor,
+        std: float,
     ) -> None:
         trajectory.latents.append(x_t.detach().float())
         trajectory.next_latents.append(x_s.detach().float())
         trajectory.timesteps.append(timestep.item() if isinstance(timestep, Tensor) else timestep)
         trajectory.next_timesteps.append(self.next_timestep(timestep))
         trajectory.log_probs.append(transition.log_prob(x_s, trajectory.mask).detach().float())
-        trajectory.stds.append(float(transition.std.max()))
+        trajectory.stds.append(std)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -6,6 +6,7 @@ This file travels to the Hub: apart from its guarded base class it imports torch
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -276,14 +277,12 @@ class DiffuserPlannerPipeline(ControlPipeline):
 
         With a `draft` in the condition the component is the up-sampler: `p(x^r | x^cond, observation)`.
         """
-        network = denoiser
         scaled = self.inpaint(_scaled(self.scheduler, sample, timestep), condition)
         if "draft" in condition:
             scaled = torch.cat([scaled, condition["draft"]], dim=-1)
-        if network is None:
-            network = self.upsampler if "draft" in condition else self.denoiser
+        network = self._network(condition, denoiser)
         level = _network_timestep(self.scheduler, timestep)
-        return network(scaled.to(self.denoiser.dtype), level, return_dict=False)[0].float()
+        return network(scaled.to(_dtype(self.denoiser)), level, return_dict=False)[0].float()
 
     def sample(
         self,
@@ -332,16 +331,23 @@ class DiffuserPlannerPipeline(ControlPipeline):
         latents = self.inpaint(latents, condition)
         extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         grad = torch.is_grad_enabled()
-        for step, timestep in enumerate(timesteps):
-            with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
-                for repetition in range(num_resampling_steps):
-                    if repetition:
-                        latents = self.scheduler.renoise(latents, timestep, generator)
+        with _while_unchanged(self._network(condition, denoiser)):
+            for step, timestep in enumerate(timesteps):
+                with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
+                    for repetition in range(num_resampling_steps):
+                        if repetition:
+                            latents = self.scheduler.renoise(latents, timestep, generator)
+                            latents = self.inpaint(latents, condition)
+                        output = self.predict(latents, timestep, condition, denoiser)
+                        latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
                         latents = self.inpaint(latents, condition)
-                    output = self.predict(latents, timestep, condition, denoiser)
-                    latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
-                    latents = self.inpaint(latents, condition)
         return self._to_data_range(latents)
+
+    def _network(self, condition: dict[str, Tensor], denoiser: nn.Module | None) -> nn.Module:
+        """The one that is given, or the component: with a `draft` in the condition the up-sampler."""
+        if denoiser is not None:
+            return denoiser
+        return self.upsampler if "draft" in condition else self.denoiser
 
     def _to_data_range(self, latents: Tensor) -> Tensor:
         """Clamp actions, not observations: an action outside the data's range is never executed."""
@@ -445,6 +451,16 @@ def _align(module: nn.Module | None) -> None:
     for tensor in () if module is None else (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """Of the first parameter, without the search through all modules that diffusers' `dtype` makes."""
+    return next(network.parameters()).dtype
+
+
+def _while_unchanged(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the weights stay as they are: a network that knows the word computes less then."""
+    return getattr(network, "while_unchanged", nullcontext)()
 
 
 def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor) -> Tensor:

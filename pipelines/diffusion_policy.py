@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -257,12 +258,10 @@ class DiffusionPolicyPipeline(ControlPipeline):
 
         With a `draft` in the condition the component is the up-sampler: `p(x^r | x^cond, observation)`.
         """
-        network, dtype = denoiser, self.denoiser.dtype
+        network, dtype = self._network(condition, denoiser), _dtype(self.denoiser)
         scaled = _scaled(self.scheduler, sample, timestep)
         if "draft" in condition:
             scaled = torch.cat([scaled, condition["draft"]], dim=-1)
-        if network is None:
-            network = self.upsampler if "draft" in condition else self.denoiser
         level = _network_timestep(self.scheduler, timestep)
         return network(scaled.to(dtype), level, condition["embedding"].to(dtype), return_dict=False)[0].float()
 
@@ -302,14 +301,21 @@ class DiffusionPolicyPipeline(ControlPipeline):
             latents = self._inpaint(latents, condition, timesteps[0], generator)
         extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         grad = torch.is_grad_enabled()
-        for step, timestep in enumerate(timesteps):
-            with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
-                output = self.predict(latents, timestep, condition, denoiser)
-                latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
-                if has_fixed:
-                    next_timestep = self.scheduler.next_timestep(timestep)
-                    latents = self._inpaint(latents, condition, next_timestep, generator)
+        with _while_unchanged(self._network(condition, denoiser)):
+            for step, timestep in enumerate(timesteps):
+                with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
+                    output = self.predict(latents, timestep, condition, denoiser)
+                    latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+                    if has_fixed:
+                        next_timestep = self.scheduler.next_timestep(timestep)
+                        latents = self._inpaint(latents, condition, next_timestep, generator)
         return latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
+
+    def _network(self, condition: dict[str, Tensor], denoiser: nn.Module | None) -> nn.Module:
+        """The one that is given, or the component: with a `draft` in the condition the up-sampler."""
+        if denoiser is not None:
+            return denoiser
+        return self.upsampler if "draft" in condition else self.denoiser
 
     def _inpaint(
         self, latents: Tensor, condition: dict[str, Tensor], timestep: int, generator: torch.Generator | None
@@ -371,6 +377,16 @@ def _align(module: nn.Module | None) -> None:
     for tensor in () if module is None else (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """Of the first parameter, without the search through all modules that diffusers' `dtype` makes."""
+    return next(network.parameters()).dtype
+
+
+def _while_unchanged(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the weights stay as they are: a network that knows the word computes less then."""
+    return getattr(network, "while_unchanged", nullcontext)()
 
 
 def _scaled(scheduler: SchedulerMixin, sample: Tensor, timestep: float | Tensor) -> Tensor:

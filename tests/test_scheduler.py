@@ -288,7 +288,7 @@ def test_eta_0_where_the_variance_explodes_is_edm_euler() -> None:
         theirs.scale_model_input(x_t, timestep)
         expected = theirs.step(output, timestep, x_t).prev_sample
         clean, noise = predict_clean_and_noise(output, x_t, at_t.to(x_t), "v_prediction")
-        ours = ancestral(clean, noise, at_t, at_s, eta=0.0).mean
+        ours = ancestral(at_t, at_s, eta=0.0).to(x_t).transition(x_t, clean, noise).mean
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -300,7 +300,8 @@ def test_eta_1_where_the_variance_explodes_is_ancestral_euler() -> None:
         at_t, at_s = exploding(theirs.sigmas[step]), exploding(theirs.sigmas[step + 1])
         theirs.scale_model_input(sample, timestep)
         expected = theirs.step(output, timestep, sample, generator=generator(step)).prev_sample
-        transition = ancestral(sample - float(at_t.sigma) * output, output, at_t, at_s, eta=1.0)
+        weights = ancestral(at_t, at_s, eta=1.0).to(sample)
+        transition = weights.transition(sample, sample - float(at_t.sigma) * output, output)
         drawn = transition.sample(torch.randn(sample.shape, generator=generator(step)))
         torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
 
@@ -641,3 +642,41 @@ def test_steps_that_do_not_exist_are_refused() -> None:
     for timestep in (8, 10, -1, 7.5):
         with pytest.raises(ValueError, match=rf"`timestep` {timestep} is not one of the 5 inference steps \[9, 7, 5"):
             scheduler.step(x, timestep, x)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type", "kernel", "eta"),
+    [
+        ("cosine", "epsilon", "ancestral", 1.0),
+        ("linear", "v_prediction", "euler_maruyama", 0.7),
+        ("flow", "velocity", "ancestral", 0.0),
+        ("variance_exploding", "v_prediction", "ancestral", 0.5),
+    ],
+)
+def test_numbers_that_are_kept_are_those_of_each_sample(
+    schedule: str, prediction_type: str, kernel: str, eta: float
+) -> None:
+    """A number goes through what was computed once, a timestep per sample through what is computed anew."""
+    scheduler = TransitionScheduler(20, schedule, prediction_type=prediction_type, kernel=kernel, eta=eta)
+    scheduler.set_timesteps(5)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        output, sample = normal(3, 4, 2, seed=1).to(dtype), normal(3, 4, 2, seed=2).to(dtype)
+        for timestep in scheduler.timesteps.tolist():
+            each, following = torch.full((3,), timestep), torch.full((3,), scheduler.next_timestep(timestep))
+            kept = scheduler.transition(output, sample, timestep)
+            anew = scheduler.transition(output, sample, each, following)
+            assert kept.mean.dtype == dtype
+            assert torch.equal(kept.mean, anew.mean)
+            assert torch.equal(kept.std.expand(3), anew.std.expand(3, 1, 1).flatten())
+            scaled = scheduler.scale_model_input(sample, timestep)
+            assert torch.equal(scaled, scheduler.scale_model_input(sample, each))
+
+
+def test_numbers_kept_while_acting_serve_training() -> None:
+    scheduler = TransitionScheduler(10)
+    output, sample = normal(2, 3, seed=1), normal(2, 3, seed=2)
+    with torch.inference_mode():
+        scheduler.transition(output, sample, 5)
+    output.requires_grad_()
+    scheduler.transition(output, sample, 5).log_prob(sample).sum().backward()
+    assert output.grad is not None

@@ -6,6 +6,9 @@ This file travels to the Hub with every pipeline: it imports torch and diffusers
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -29,6 +32,53 @@ def positional_embedding(timestep: Tensor, dim: int) -> Tensor:
     frequencies = 10000.0 ** -(torch.arange(dim // 2, device=timestep.device) / (dim // 2))
     angles = timestep.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+EMBEDDINGS = {"positional": positional_embedding}
+
+
+class StepCache:
+    """Tensors that depend on nothing but the number of a timestep and some layers, kept between runs of sampling.
+
+    They are kept only inside `while_unchanged`, without gradient, and while all layers are plain `nn.Linear`: one that
+    an adapter wraps is evaluated each time. Entering compares the layers' values with those of the run before.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._weights: list[Tensor] = []
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    @contextmanager
+    def while_unchanged(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside the block the layers' weights stay as they are."""
+        if self.is_open or any(type(layer) is not nn.Linear for layer in layers):
+            yield
+            return
+        weights = [parameter.detach() for layer in layers for parameter in layer.parameters()]
+        if not _are_equal(weights, self._weights):
+            self._weights, self._kept = [weight.clone() for weight in weights], {}
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+
+    def __call__(self, timestep: float | Tensor, like: Tensor, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or returned before for this timestep, dtype and device."""
+        if not self.is_open or torch.is_grad_enabled() or isinstance(timestep, Tensor):
+            return compute()
+        key = (timestep, like.dtype, like.device)
+        if key not in self._kept:
+            if len(self._kept) >= 1024:
+                self._kept.clear()
+            self._kept[key] = compute()
+        return self._kept[key]
+
+
+def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    same = [(each.shape, each.dtype, each.device) for each in some] == [(b.shape, b.dtype, b.device) for b in others]
+    return same and all(torch.equal(each, other) for each, other in zip(some, others))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -67,8 +117,9 @@ class AdaLNZeroBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.projection(mixed.transpose(1, 2).flatten(-2))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding).chunk(6, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """`modulation` is that of the embedding, `(batch, 6 dim)` or for all samples `(1, 6 dim)`."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         hidden = modulate(self.norm_attention(x), shift_a, scale_a)
         x = (hidden if self.normalized_residual else x) + gate_a[:, None] * self.attention(hidden)
         return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
@@ -138,6 +189,57 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.modulation = nn.Sequential(nn.SiLU(), _zero_linear(dim, dim * 2))
         self.head = _zero_linear(dim, token_dim)
         self.draft_projection = _zero_linear(draft_dim, dim) if draft_dim else None
+        self._of_step = StepCache()
+        self._encoded: tuple[Tensor, Tensor] | None = None  # a condition and its embedding, inside `while_unchanged`
+        self._positions: dict[tuple[Any, ...], Tensor] = {}
+
+    @contextmanager
+    def while_unchanged(self) -> Iterator[None]:
+        """Inside the block, where neither weights nor a condition change, what depends on the timestep alone is
+        computed once, and a condition is encoded once."""
+        layers = [self.time_embedding[0], self.time_embedding[2]]
+        if self.condition_embedding is None:
+            layers += [part.modulation[1] for part in (*self.blocks, self)]
+        try:
+            with self._of_step.while_unchanged(layers):
+                yield
+        finally:
+            self._encoded = None
+
+    def modulations(self, timestep: Tensor | float, condition: Tensor | None, like: Tensor) -> list[Tensor]:
+        """Of each block and of the head, for the timestep and the condition: `(1, 6 dim)` each and `(1, 2 dim)`, or
+        `(batch, ...)` where there is a condition or one timestep per sample."""
+        if self.condition_embedding is None:
+            return self._of_step(timestep, like, lambda: self._modulations(self._time_embedding(timestep, like)))
+        embedding = self._of_step(timestep, like, lambda: self._time_embedding(timestep, like))
+        return self._modulations(embedding + self._condition_embedding(condition))
+
+    def _time_embedding(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        embed = EMBEDDINGS.get(self.config.timestep_embedding, sinusoidal_embedding)
+        timesteps = torch.as_tensor(timestep, device=like.device).reshape(-1)
+        return self.time_embedding(embed(timesteps, self.config.timestep_dim).to(like.dtype))
+
+    def _condition_embedding(self, condition: Tensor | None) -> Tensor:
+        assert self.condition_embedding is not None
+        assert condition is not None
+        if not self._of_step.is_open or torch.is_grad_enabled():
+            return self.condition_embedding(condition)
+        if self._encoded is None or self._encoded[0] is not condition:
+            self._encoded = condition, self.condition_embedding(condition)
+        return self._encoded[1]
+
+    def _modulations(self, embedding: Tensor) -> list[Tensor]:
+        return [part.modulation(embedding) for part in (*self.blocks, self)]
+
+    def _position_embedding(self, num_steps: int, like: Tensor) -> Tensor:
+        key = (num_steps, like.dtype, like.device)
+        if key not in self._positions:
+            locate = EMBEDDINGS.get(self.config.position_embedding, sinusoidal_embedding)
+            with torch.inference_mode(False), torch.no_grad():
+                positions = locate(torch.arange(num_steps, device=like.device), self.config.dim).to(like.dtype)
+                is_scaled = self.config.position_embedding == "scaled"
+                self._positions[key] = positions / math.sqrt(self.config.dim) if is_scaled else positions
+        return self._positions[key]
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True
@@ -153,26 +255,20 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
             An output whose `sample` has shape `(batch, horizon, token_dim)`.
         """
         self._check(sample, condition)
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        kinds = {"positional": positional_embedding}
-        embed = kinds.get(self.config.timestep_embedding, sinusoidal_embedding)
-        embedding = self.time_embedding(embed(timestep, self.config.timestep_dim).to(sample.dtype))
-        if self.condition_embedding is not None:
-            embedding = embedding + self.condition_embedding(condition)
-        steps = torch.arange(sample.shape[1], device=sample.device)
-        locate = kinds.get(self.config.position_embedding, sinusoidal_embedding)
-        positions = locate(steps, self.config.dim).to(sample.dtype)
-        if self.config.position_embedding == "scaled":
-            positions = positions / math.sqrt(self.config.dim)
+        x = self.denoise(sample, self.modulations(timestep, condition, sample))
+        return UNet1DOutput(sample=x) if return_dict else (x,)
+
+    def denoise(self, sample: Tensor, modulations: list[Tensor]) -> Tensor:
+        """The network after `modulations`: `(batch, horizon, token_dim)`."""
+        positions = self._position_embedding(sample.shape[1], sample)
         sample, draft = sample.split((self.config.token_dim, self.config.draft_dim), dim=-1)
         x = self.token_projection(sample.contiguous()) + positions
         if self.draft_projection is not None:
             x = x + self.draft_projection(draft)
-        for block in self.blocks:
-            x = block(x, embedding)
-        shift, scale = self.modulation(embedding).chunk(2, dim=-1)
-        x = self.head(modulate(self.norm(x), shift, scale))
-        return UNet1DOutput(sample=x) if return_dict else (x,)
+        for block, modulation in zip(self.blocks, modulations):
+            x = block(x, modulation)
+        shift, scale = modulations[-1].chunk(2, dim=-1)
+        return self.head(modulate(self.norm(x), shift, scale))
 
     def _check(self, sample: Tensor, condition: Tensor | None) -> None:
         width = self.config.token_dim + self.config.draft_dim

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -36,6 +37,50 @@ def positional_embedding(timestep: Tensor, dim: int) -> Tensor:
 TIMESTEP_EMBEDDINGS = {"sinusoidal": sinusoidal_embedding, "positional": positional_embedding}
 
 
+class StepCache:
+    """Tensors that depend on nothing but the number of a timestep and some layers, kept between runs of sampling.
+
+    They are kept only inside `while_unchanged`, without gradient, and while all layers are plain `nn.Linear`: one that
+    an adapter wraps is evaluated each time. Entering compares the layers' values with those of the run before.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._weights: list[Tensor] = []
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    @contextmanager
+    def while_unchanged(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside the block the layers' weights stay as they are."""
+        if self.is_open or any(type(layer) is not nn.Linear for layer in layers):
+            yield
+            return
+        weights = [parameter.detach() for layer in layers for parameter in layer.parameters()]
+        if not _are_equal(weights, self._weights):
+            self._weights, self._kept = [weight.clone() for weight in weights], {}
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+
+    def __call__(self, timestep: float | Tensor, like: Tensor, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or returned before for this timestep, dtype and device."""
+        if not self.is_open or torch.is_grad_enabled() or isinstance(timestep, Tensor):
+            return compute()
+        key = (timestep, like.dtype, like.device)
+        if key not in self._kept:
+            if len(self._kept) >= 1024:
+                self._kept.clear()
+            self._kept[key] = compute()
+        return self._kept[key]
+
+
+def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    same = [(each.shape, each.dtype, each.device) for each in some] == [(b.shape, b.dtype, b.device) for b in others]
+    return same and all(torch.equal(each, other) for each, other in zip(some, others))
+
+
 class ConvBlock(nn.Sequential):
     """Convolution over time, group norm, Mish."""
 
@@ -58,9 +103,9 @@ class ResidualTemporalBlock(nn.Module):
         same = in_channels == out_channels
         self.residual = nn.Identity() if same else nn.Conv1d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        hidden = self.block_in(x) + self.time_projection(embedding)[:, :, None]
-        return self.block_out(hidden) + self.residual(x)
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """`shift` is the time embedding's projection, `(batch, out_channels, 1)` or for all samples `(1, ...)`."""
+        return self.block_out(self.block_in(x) + shift) + self.residual(x)
 
 
 class Level(nn.Module):
@@ -74,10 +119,10 @@ class Level(nn.Module):
         self.second = ResidualTemporalBlock(out_channels, out_channels, embedding_dim, kernel_size)
         self.resample = resample
 
-    def forward(self, x: Tensor, embedding: Tensor, draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shifts: tuple[Tensor, Tensor], draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The level's output after and before the change of resolution; `draft` is added between the blocks."""
-        x = self.first(x, embedding)
-        x = self.second(x if draft is None else x + draft, embedding)
+        x = self.first(x, shifts[0])
+        x = self.second(x if draft is None else x + draft, shifts[1])
         return self.resample(x), x
 
 
@@ -148,6 +193,29 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ConvBlock(dim, dim, head_kernel_size or kernel_size), nn.Conv1d(dim, transition_dim, 1)
         )
         self.draft_projection = _zero_conv(draft_dim, widths[1], kernel_size) if draft_dim else None
+        self._of_step = StepCache()
+
+    def while_unchanged(self) -> AbstractContextManager[None]:
+        """Inside the block, where no weight changes, what depends on the timestep alone is computed once."""
+        projections = [block.time_projection[1] for level in self._levels() for block in (level.first, level.second)]
+        return self._of_step.while_unchanged([self.time_embedding[0], self.time_embedding[2], *projections])
+
+    def _levels(self) -> list[Any]:
+        return [*self.down, self.middle, *self.up]
+
+    def time_shifts(self, timestep: Tensor | float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each level's two blocks add for the timestep, `(1, channels, 1)`, or `(batch, channels, 1)` where there
+        is one timestep per sample."""
+        return self._of_step(timestep, like, lambda: self._time_shifts(timestep, like))
+
+    def _time_shifts(self, timestep: Tensor | float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        embed = TIMESTEP_EMBEDDINGS[self.config.timestep_embedding]
+        timesteps = torch.as_tensor(timestep, device=like.device).reshape(-1)
+        embedding = self.time_embedding(embed(timesteps, self.timestep_dim).to(like.dtype))
+        return [
+            (level.first.time_projection(embedding)[:, :, None], level.second.time_projection(embedding)[:, :, None])
+            for level in self._levels()
+        ]
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None = None, return_dict: bool = True
@@ -171,18 +239,19 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         if condition is not None:
             raise ValueError("`condition` must be None: TemporalUnet is conditioned by in-painting.")
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        embed = TIMESTEP_EMBEDDINGS[self.config.timestep_embedding]
-        embedding = self.time_embedding(embed(timestep, self.timestep_dim).to(sample.dtype))
+        x = self.denoise(sample, self.time_shifts(timestep, sample))
+        return UNet1DOutput(sample=x) if return_dict else (x,)
+
+    def denoise(self, sample: Tensor, shifts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The network after `time_shifts`: `(batch, horizon, transition_dim)`."""
         x, draft = sample.transpose(1, 2).split((self.config.transition_dim, self.config.draft_dim), dim=1)
         extra = None if self.draft_projection is None else self.draft_projection(draft)
-        skips = []
+        skips, remaining = [], iter(shifts)
         for level in self.down:
-            x, before = level(x, embedding, extra)
+            x, before = level(x, next(remaining), extra)
             skips.append(before)
             extra = None
-        x, _ = self.middle(x, embedding)
+        x, _ = self.middle(x, next(remaining))
         for level in self.up:
-            x, _ = level(torch.cat([x, skips.pop()], dim=1), embedding)
-        x = self.head(x).transpose(1, 2)
-        return UNet1DOutput(sample=x) if return_dict else (x,)
+            x, _ = level(torch.cat([x, skips.pop()], dim=1), next(remaining))
+        return self.head(x).transpose(1, 2)

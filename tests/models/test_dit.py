@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from dmc_hub.models.dit import DiffusionTransformer1D, modulate
@@ -15,9 +16,9 @@ def tiny(condition_dim: int = 2) -> DiffusionTransformer1D:
     return DiffusionTransformer1D(3, condition_dim, dim=16, num_heads=4, depth=2, timestep_dim=8)
 
 
-def trained() -> DiffusionTransformer1D:
+def trained(condition_dim: int = 2) -> DiffusionTransformer1D:
     """With every parameter away from its initial value, as after training."""
-    model = tiny()
+    model = tiny(condition_dim)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -44,7 +45,7 @@ def test_output_is_zero_and_blocks_are_the_identity_at_initialisation() -> None:
     assert not model(torch.randn(2, 5, 3), 3, torch.randn(2, 2)).sample.any()
     x, embedding = torch.randn(2, 5, 16), torch.randn(2, 16)
     for block in model.blocks:
-        assert torch.equal(block(x, embedding), x)
+        assert torch.equal(block(x, block.modulation(embedding)), x)
 
 
 def test_what_is_zero_at_initialisation_still_learns() -> None:
@@ -79,7 +80,8 @@ def test_shapes(horizon: int) -> None:
     model, sample, condition = trained(), torch.randn(2, horizon, 3), torch.randn(2, 2)
     output = model(sample, 3, condition).sample
     assert output.shape == sample.shape
-    assert torch.equal(model(sample, torch.tensor([3, 3]), condition, return_dict=False)[0], output)
+    each = model(sample, torch.tensor([3, 3]), condition, return_dict=False)[0]
+    torch.testing.assert_close(each, output, rtol=1e-5, atol=1e-6)
 
 
 def test_time_condition_and_position_matter_and_samples_do_not_mix() -> None:
@@ -127,3 +129,72 @@ def test_save_and_load(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = DiffusionTransformer1D.from_pretrained(tmp_path)
     assert torch.equal(loaded(sample, 1, condition).sample, model.eval()(sample, 1, condition).sample)
+
+
+def count_calls(module: nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("condition_dim", [0, 2])
+def test_what_is_kept_changes_no_bit(condition_dim: int) -> None:
+    model, sample = trained(condition_dim), torch.randn(2, 5, 3)
+    condition = torch.randn(2, 2) if condition_dim else None
+    calls = count_calls(model.time_embedding[0])
+    with torch.no_grad():
+        expected = {step: model(sample, step, condition).sample for step in (3, 7)}
+        for _ in range(3):
+            with model.while_unchanged():
+                for step in (3, 7, 3):
+                    assert torch.equal(model(sample, step, condition).sample, expected[step])
+    assert len(calls) == 2 + 2
+
+
+@pytest.mark.parametrize("name", ["time_embedding.0.weight", "blocks.1.modulation.1.bias", "modulation.1.weight"])
+def test_kept_values_follow_the_weights(name: str) -> None:
+    """Also where they are written behind autograd's back, as an average of the weights is put in their place."""
+    model, sample = trained(0), torch.randn(2, 5, 3)
+    with torch.no_grad():
+        with model.while_unchanged():
+            before = model(sample, 3, None).sample
+        model.get_parameter(name).data.mul_(2)
+        with model.while_unchanged():
+            after = model(sample, 3, None).sample
+        assert not torch.equal(before, after)
+        assert torch.equal(after, model(sample, 3, None).sample)
+
+
+def test_an_adapter_is_never_overlooked() -> None:
+    model, sample = trained(0), torch.randn(2, 5, 3)
+    model.add_adapter(LoraConfig(target_modules=["time_embedding.0", "modulation.1"], init_lora_weights=False))
+    with torch.no_grad(), model.while_unchanged():
+        adapted = model(sample, 3, None).sample
+        model.disable_adapters()
+        base = model(sample, 3, None).sample
+    assert not torch.allclose(adapted, base)
+
+
+def test_gradients_pass_by_what_is_kept() -> None:
+    model, sample = trained(0), torch.randn(2, 5, 3)
+    with torch.no_grad(), model.while_unchanged():
+        model(sample, 3, None)
+    with model.while_unchanged():
+        model(sample, 3, None).sample.sum().backward()
+    assert model.time_embedding[0].weight.grad.any()
+
+
+def test_a_condition_is_encoded_once_while_it_stays() -> None:
+    model, sample, condition = trained(2), torch.randn(2, 5, 3), torch.randn(2, 2)
+    assert model.condition_embedding is not None
+    calls = count_calls(model.condition_embedding)
+    with torch.no_grad():
+        expected = [model(sample, 3, each).sample for each in (condition, condition + 1)]
+        with model.while_unchanged():
+            for step in (3, 5):
+                model(sample, step, condition)
+            assert len(calls) == 2 + 1
+            assert torch.equal(model(sample, 3, condition + 1).sample, expected[1])
+        condition += 1
+        with model.while_unchanged():
+            assert torch.equal(model(sample, 3, condition).sample, expected[1])

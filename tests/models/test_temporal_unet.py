@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from torch import nn
 
 from dmc_hub.models.temporal_unet import TemporalUnet, sinusoidal_embedding
 
@@ -27,7 +29,8 @@ def test_output_has_the_shape_of_the_input_at_every_horizon(horizon: int) -> Non
 
 def test_a_number_and_one_timestep_per_sample_mean_the_same() -> None:
     model, sample = tiny(), torch.randn(2, 4, 3)
-    assert torch.equal(model(sample, 5).sample, model(sample, torch.tensor([5, 5])).sample)
+    each = model(sample, torch.tensor([5, 5])).sample
+    torch.testing.assert_close(model(sample, 5).sample, each, rtol=1e-5, atol=1e-6)
     mixed = model(sample, torch.tensor([5, 9])).sample
     torch.testing.assert_close(mixed[1], model(sample, 9).sample[1])
     assert not torch.allclose(mixed[1], model(sample, 5).sample[1])
@@ -78,3 +81,56 @@ def test_save_and_load(tmp_path: Path) -> None:
     for name, weights in loaded.state_dict().items():
         assert torch.equal(weights, model.state_dict()[name])
     torch.testing.assert_close(loaded(sample, 1).sample, model(sample, 1).sample, rtol=1e-4, atol=1e-5)
+
+
+def count_calls(module: nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_what_is_kept_changes_no_bit() -> None:
+    model, sample = tiny(), torch.randn(2, 4, 3)
+    calls = count_calls(model.time_embedding[0])
+    with torch.no_grad():
+        expected = {step: model(sample, step).sample for step in (3, 7)}
+        for _ in range(3):
+            with model.while_unchanged():
+                for step in (3, 7, 3):
+                    assert torch.equal(model(sample, step).sample, expected[step])
+    assert len(calls) == 2 + 2
+
+
+@pytest.mark.parametrize("name", ["time_embedding.0.weight", "up.0.second.time_projection.1.bias"])
+def test_kept_values_follow_the_weights(name: str) -> None:
+    """Also where they are written behind autograd's back, as an average of the weights is put in their place."""
+    model, sample = tiny(), torch.randn(2, 4, 3)
+    with torch.no_grad():
+        with model.while_unchanged():
+            before = model(sample, 3).sample
+        model.get_parameter(name).data.mul_(2)
+        with model.while_unchanged():
+            after = model(sample, 3).sample
+        assert not torch.equal(before, after)
+        assert torch.equal(after, model(sample, 3).sample)
+
+
+def test_an_adapter_is_never_overlooked() -> None:
+    model, sample = tiny(), torch.randn(2, 4, 3)
+    model.add_adapter(
+        LoraConfig(target_modules=["time_embedding.0", "middle.first.time_projection.1"], init_lora_weights=False)
+    )
+    with torch.no_grad(), model.while_unchanged():
+        adapted = model(sample, 3).sample
+        model.disable_adapters()
+        base = model(sample, 3).sample
+    assert not torch.allclose(adapted, base)
+
+
+def test_gradients_pass_by_what_is_kept() -> None:
+    model, sample = tiny(), torch.randn(2, 4, 3)
+    with torch.no_grad(), model.while_unchanged():
+        model(sample, 3)
+    with model.while_unchanged():
+        model(sample, 3).sample.sum().backward()
+    assert model.time_embedding[0].weight.grad.any()
