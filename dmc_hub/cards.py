@@ -42,6 +42,7 @@ _REPORT_TYPES: dict[str, Any] = {
     "seed": int,
     "seeds": list,
     "validation_seeds": list,
+    "acting": dict,
     "evaluations": list,
     "stages": list,
 }

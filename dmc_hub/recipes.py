@@ -166,12 +166,14 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     if changed:
         _save_beside_adapter(pipeline, settings, output_dir)
     after = _evaluations(settings, task, pipeline, "after", output_dir)
+    acting = _best_acting(settings, task, pipeline, output_dir)
     with checkpoint.write_folder_atomically(output_dir / "adapter", _facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
     fitted = preset.critic_config()
     critic = diagnose_critic(pipeline, episodes, discount=fitted.discount, expectile=fitted.expectile)
     report = _report(settings, task, episodes, before, after, stages)
     report.update(
+        acting=acting,
         critic=critic.to_dict(),
         collections=[vars(collection) for collection in collections],
         pipeline_class=type(pipeline).__name__,
@@ -594,11 +596,8 @@ def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str, ou
     beside the foundation without one. All but the first, whose episodes are drawn, are found again after an
     interruption."""
     results: list[Evaluation] = []
-    selections = [("greedy", 1), ("greedy", settings.num_candidates)]
-    if settings.controller == "policy":
-        selections.append(("expectation", settings.num_candidates))
     cascades = [0, settings.num_upsampling_passes] if settings.num_upsampling_passes and when == "after" else [0]
-    for passes, (selection, candidates) in itertools.product(cascades, selections):
+    for passes, (selection, candidates) in itertools.product(cascades, _ways_to_act(settings)):
         result = evaluate_on_task(
             task,
             pipeline,
@@ -615,6 +614,34 @@ def _evaluations(settings: RunSettings, task: Task, pipeline: Any, when: str, ou
         _say(f"{when}, {candidates} candidates, {selection}{cascade}: {statistics.mean:.2f} ± {statistics.std:.2f}")
         results.append(result)
     return results * 2 if settings.num_upsampling_passes and when == "before" else results
+
+
+def _ways_to_act(settings: RunSettings) -> list[tuple[str, int]]:
+    """Action selections and numbers of candidates that are evaluated."""
+    ways = [("greedy", 1), ("greedy", settings.num_candidates)]
+    return [*ways, ("expectation", settings.num_candidates)] if settings.controller == "policy" else ways
+
+
+def _best_acting(settings: RunSettings, task: Task, pipeline: Any, output_dir: Path) -> dict[str, Any]:
+    """How the aligned controller acts best on validation episodes: a critic that it was aligned to may rank worse than
+    chance what it now prefers."""
+    validated: list[dict[str, Any]] = []
+    for selection, candidates in _ways_to_act(settings):
+        result = evaluate_on_task(
+            task,
+            pipeline,
+            settings.controller,
+            first_seed=VALIDATION_SEED,
+            num_episodes=settings.num_validation_episodes,
+            num_candidates=candidates,
+            action_selection=selection,
+            cache_dir=output_dir / "evaluations",
+        )
+        way = {"action_selection": selection, "num_candidates": candidates}
+        validated.append({**way, "return_mean": result.statistics.mean})
+    best = max(validated, key=lambda row: row["return_mean"])
+    _say(f"on validation episodes it acts best as {best['action_selection']} of {best['num_candidates']}")
+    return {**best, "validated": validated}
 
 
 def _report(

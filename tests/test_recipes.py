@@ -44,6 +44,15 @@ def test_a_run_leaves_a_report_plots_a_card_and_the_parts(run: Path) -> None:
     assert report["return_optimal"] == pytest.approx(7.3788, abs=1e-3)
     assert set(report["seeds"]).isdisjoint(report["validation_seeds"])
     assert report["return_after"] == pytest.approx(np.mean(report["evaluations"][1]["returns_after"]))
+    acting = report["acting"]
+    assert [(row["action_selection"], row["num_candidates"]) for row in acting["validated"]] == [
+        ("greedy", 1),
+        ("greedy", 8),
+        ("expectation", 8),
+    ]
+    best = max(acting["validated"], key=lambda row: row["return_mean"])
+    assert best == {name: acting[name] for name in ("action_selection", "num_candidates", "return_mean")}
+    assert f"num_candidates={best['num_candidates']}" in (run / "README.md").read_text()
     for name in ("learning_curve.png", "diversity.png", "trajectories.png", "returns.png", "critic.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
         assert name in (run / "report.md").read_text()

@@ -51,6 +51,7 @@ def report(seed: int) -> dict[str, Any]:
         "seed": seed,
         "seeds": [7, 8],
         "validation_seeds": [1],
+        "acting": {"action_selection": "greedy", "num_candidates": 8, "return_mean": 7.0, "validated": []},
         "evaluations": [evaluation(1, before, after), evaluation(8, best_before, best_after)],
         "stages": [stage, trained],
         "return_data": 1.5,

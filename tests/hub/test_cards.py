@@ -75,6 +75,15 @@ REPORT: dict[str, Any] = {
     "coherency_after": 0.91,
     "evaluations": [evaluation(1, (2.25, 1.04), (6.75, 0.5)), evaluation(16, (6.78, 0.72), (7.2, 0.59))],
     "best_of_n_control": {"num_candidates": 16, "return_mean": 6.78, "return_std": 0.72},
+    "acting": {
+        "action_selection": "greedy",
+        "num_candidates": 16,
+        "return_mean": 7.21,
+        "validated": [
+            {"action_selection": "greedy", "num_candidates": 1, "return_mean": 6.8},
+            {"action_selection": "greedy", "num_candidates": 16, "return_mean": 7.21},
+        ],
+    },
     "stages": [
         {
             "stage": 0,
