@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
 import warnings
 from abc import ABC, abstractmethod
@@ -47,6 +48,7 @@ from dmc_hub.trainers.loop import (
     adapter_to_train,
     freeze_all_but,
     hash_seed,
+    join_processes_on_cpu,
     leave_process_group_at_exit,
     stop_signals,
 )
@@ -99,6 +101,8 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         without_output = self.output_dir is None
+        if self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            join_processes_on_cpu(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
         if without_output:
             self.output_dir = None
@@ -633,7 +637,7 @@ class DiffusionTrainer(Trainer, ABC):
         except (OSError, SafetensorError) as raised:
             free = free_bytes(self.args.output_dir or ".")
             error = SaveError(
-                f"`{self._folder(self.state.global_step)}` was not written: {raised}. It takes about "
+                f"{what}: `{self._folder(self.state.global_step)}` cannot be written ({raised}). It takes about "
                 f"{self._checkpoint_bytes():,} bytes, and {free:,} are free. Earlier checkpoints are as they were."
             )
             error.__cause__ = raised

@@ -7,10 +7,12 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -124,6 +126,12 @@ def freeze_all_but(
     for parameter in trainable:
         parameter.requires_grad_(True)
     return trainable
+
+
+def join_processes_on_cpu(backend: str | None, seconds: int) -> None:
+    """Join the process group that a launcher describes, if any: on a CPU transformers would not pass on the timeout."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend or "gloo", timeout=timedelta(seconds=seconds))
 
 
 @cache
