@@ -16,6 +16,7 @@ from dmc_hub import checkpoint, portable, transfer
 # diffusers loads the components of a saved pipeline from modules that are already imported only.
 from dmc_hub import scheduler as _scheduler  # noqa: F401
 from dmc_hub.adapters import AdaptableController, outbox
+from dmc_hub.compilation import CompiledNetwork, device_of, missing_compiler, warn_of_fallback
 from dmc_hub.conditions import EpisodeConditions
 from dmc_hub.models import (  # noqa: F401
     action_transformer,
@@ -186,6 +187,29 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
     def complete_condition(self, condition: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Add what a trainer's condition needs and data do not hold: nothing here, a draft for an `UpsamplerPolicy`."""
         return condition
+
+    def compile(self, *, dtype: torch.dtype | None = None) -> None:
+        """Compile denoiser and up-sampler for acting: calls of the pipeline use the graphs, whose outputs differ by
+        rounding; trainers compute as before, so that a ratio on policy stays exactly 1.
+
+        The first call with each number of observations times candidates takes the time to compile. Weights and
+        adapters are followed. Where nothing can be compiled, a `CompilationWarning` says so and all stays as it is.
+
+        Args:
+            dtype: `torch.bfloat16` multiplies in that precision, which pays on processors with units for it; None
+                keeps the precision.
+        """
+        reason = missing_compiler(device_of(self.denoiser))
+        if reason is not None:
+            warn_of_fallback(type(self).__name__, reason)
+            return
+        networks = [self.denoiser, self.components.get("upsampler")]
+        self._compiled = {id(each): CompiledNetwork(each, dtype=dtype) for each in networks if each is not None}
+
+    def acting_network(self, network: nn.Module) -> Any:
+        """What stands in for a network while acting: its compiled form, if there is one."""
+        compiled = vars(self).get("_compiled", {}).get(id(network))
+        return compiled if compiled is not None and torch.is_inference_mode_enabled() else network
 
     def upsampler_policy(self) -> UpsamplerPolicy:
         """The up-sampler as a controller of its own: what trainers take to align it instead of the denoiser."""

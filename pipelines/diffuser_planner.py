@@ -347,7 +347,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
         """The one that is given, or the component: with a `draft` in the condition the up-sampler."""
         if denoiser is not None:
             return denoiser
-        return self.upsampler if "draft" in condition else self.denoiser
+        network = self.upsampler if "draft" in condition else self.denoiser
+        return network if ControlPipeline is DiffusionPipeline else self.acting_network(network)
 
     def _to_data_range(self, latents: Tensor) -> Tensor:
         """Clamp actions, not observations: an action outside the data's range is never executed."""

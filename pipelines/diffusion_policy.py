@@ -315,7 +315,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
         """The one that is given, or the component: with a `draft` in the condition the up-sampler."""
         if denoiser is not None:
             return denoiser
-        return self.upsampler if "draft" in condition else self.denoiser
+        network = self.upsampler if "draft" in condition else self.denoiser
+        return network if ControlPipeline is DiffusionPipeline else self.acting_network(network)
 
     def _inpaint(
         self, latents: Tensor, condition: dict[str, Tensor], timestep: int, generator: torch.Generator | None
