@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ class NonFiniteRewardError(ValueError):
     """A reward function returned NaN or infinity."""
 
 
+class SharedRewardError(RuntimeError):
+    """A reward could not be had on some process, so it is raised on all."""
+
+
 RewardFunction = Callable[..., Any]
 """Takes what the pipeline's `decode` returns and gives `B` finite numbers, as a tensor, array or list.
 
@@ -21,6 +25,28 @@ Of a controller: `(observations, actions) -> rewards` in the environment's units
 and `(B, T, action_dim)`. A planner's observations are the planned ones (`T` is the horizon), a policy's the single one
 it acted on (`(B, 1, observation_dim)`). Of text-to-image: `(images, prompts, metadata) -> rewards`, see
 `dmc_hub.text_to_image`. Only `RewardGradientTrainer` needs gradients."""
+
+
+@runtime_checkable
+class DeferredReward(Protocol):
+    """A reward function that can be asked without waiting: `submit` returns what waits for the answer."""
+
+    def submit(self, *samples: Any) -> Callable[[], Any]:
+        """Ask for the rewards of samples."""
+
+
+@runtime_checkable
+class StatefulReward(Protocol):
+    """A reward function with a state that a resumed run needs, and with figures of its last call for the log."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last call by name."""
 
 
 def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = True) -> RewardFunction:
@@ -68,12 +94,46 @@ def call_reward(reward_function: RewardFunction, *samples: Any) -> Tensor:
         ValueError: the wrong number of rewards, or (`NonFiniteRewardError`) NaN or infinite ones.
         FloatingPointError: the samples to be rewarded are not finite: the controller has collapsed.
     """
+    return submit_reward(reward_function, *samples)()
+
+
+def submit_reward(reward_function: RewardFunction, *samples: Any) -> Callable[[], Tensor]:
+    """As `call_reward`, but a `DeferredReward` is only asked: the function returned waits for its answer."""
     tensors = [values for values in samples if isinstance(values, Tensor)]
     names = ("images",) if len(tensors) == 1 else ("observations", "actions")
     for name, values in reversed(list(zip(names, tensors, strict=True))):
         if not torch.isfinite(values).all():
             raise FloatingPointError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
+    answer = ask(reward_function, *samples)
+    return lambda: on_all_processes(lambda: _checked(answer(), tensors[-1]))
+
+
+def ask(reward_function: RewardFunction, *samples: Any) -> Callable[[], Any]:
+    """Ask for rewards, without waiting if the function can do so; the function returned gives them, unchecked."""
+    if isinstance(reward_function, DeferredReward):
+        return reward_function.submit(*samples)
     returned = reward_function(*samples)
+    return lambda: returned
+
+
+def on_all_processes(answer: Callable[[], Any]) -> Any:
+    """What `answer` gives; if it fails on one process, `SharedRewardError` is raised on all. Collective."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return answer()
+    value, cause = None, None
+    try:
+        value = answer()
+    except Exception as error:
+        cause = error
+    problems: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, None if cause is None else f"{type(cause).__name__}: {cause}")
+    named = [f"process {index}: {problem}" for index, problem in enumerate(problems) if problem is not None]
+    if named:
+        raise SharedRewardError("; ".join(named)) from cause
+    return value
+
+
+def _checked(returned: Any, samples: Tensor) -> Tensor:
     if not isinstance(returned, Tensor):
         try:
             returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
@@ -81,8 +141,8 @@ def call_reward(reward_function: RewardFunction, *samples: Any) -> Tensor:
             raise ValueError(
                 f"`reward_function` must return numbers, got {type(returned).__name__}: {error}"
             ) from error
-    count = len(tensors[-1])
-    rewards = returned.to(tensors[-1].device, torch.float32)
+    count = len(samples)
+    rewards = returned.to(samples.device, torch.float32)
     if rewards.shape != (count,):
         raise ValueError(
             f"`reward_function` must return one reward per sample, shape ({count},), got {tuple(rewards.shape)}."
