@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dmc_hub.data.episodes import Episodes
     from dmc_hub.envs.nav1d import Nav1DEnv
     from dmc_hub.envs.workers import RestartingVectorEnv
-    from dmc_hub.image_rewards import DistributionReward, JointReward, statistical_parity
+    from dmc_hub.image_rewards import DistributionReward, statistical_parity
+    from dmc_hub.joint_reward import JointReward
     from dmc_hub.models.action_transformer import ActionTransformer
     from dmc_hub.models.conditional_unet import ConditionalUnet1D
     from dmc_hub.models.critic import TwinQCritic
@@ -105,7 +106,8 @@ _NAMES_OF_MODULE = {
     "dmc_hub.data.episodes": ("Episodes",),
     "dmc_hub.envs.nav1d": ("Nav1DEnv",),
     "dmc_hub.envs.workers": ("RestartingVectorEnv",),
-    "dmc_hub.image_rewards": ("DistributionReward", "JointReward", "statistical_parity"),
+    "dmc_hub.image_rewards": ("DistributionReward", "statistical_parity"),
+    "dmc_hub.joint_reward": ("JointReward",),
     "dmc_hub.models.action_transformer": ("ActionTransformer",),
     "dmc_hub.models.conditional_unet": ("ConditionalUnet1D",),
     "dmc_hub.models.inverse_dynamics": ("InverseDynamics",),

@@ -110,6 +110,16 @@ def ppo_clip_loss(
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
+def off_policy_mask(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, limit: float) -> Tensor:
+    """False where a sample is bad and has already become improbable by more than `limit`; `(B,)`, bool.
+
+    `A < 0` and `log pi_old - log pi > limit`: pushing it further away teaches nothing and can break the policy. The
+    log-probabilities are per entry. Source: off-policy sequence masking, section 3.1 of DeepSeek-V3.2
+    (arXiv:2512.02556).
+    """
+    return ~((advantage < 0) & (old_log_prob - log_prob > limit))
+
+
 def self_normalized_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean square over a constant mean magnitude, `mean(e^2) / sg(mean |e|)` per sample: `(B, ...)` to `(B,)`.
 

@@ -302,6 +302,23 @@ def plot_frames(rows: Mapping[str, np.ndarray], path: str | os.PathLike[str]) ->
     _save(figure, path)
 
 
+def plot_image_grids(grids: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Grids of images, one below the other.
+
+    Args:
+        grids: by label, images of shape `(rows, columns, height, width, 3)` in `[0, 1]`.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(5.0, 2.3 * len(grids)), layout="constrained")
+    for axes, (label, images) in zip(figure.subplots(len(grids), 1, squeeze=False)[:, 0], grids.items(), strict=True):
+        padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=1.0)
+        rows, columns, height, width, _ = padded.shape
+        axes.imshow(padded.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+        axes.set_title(label, fontsize=9, loc="left")
+        axes.set_axis_off()
+    _save(figure, path)
+
+
 def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Learning curves of every variant, one panel per controller; a line per seed.
 

@@ -30,8 +30,9 @@ class HTTPReward:
 
     Each request is a POST of JSON `{"images": [PNG in base64], "prompts": [...], "metadata": [...]}`, of at most
     `batch_size` images; the answer is `{"rewards": [...]}`, one finite number per image. Several requests are under way
-    at a time, and `DDPOTrainer` samples its next micro-batch meanwhile. Time-outs, lost connections and the answers
-    408, 429 and 5xx are tried again after 1, 2, 4, ... times `backoff`.
+    at a time, and `DDPOTrainer` samples its next micro-batch meanwhile. Time-outs, lost connections, the answers 408,
+    429 and 5xx, and answers without one finite number per image are tried again after 1, 2, 4, ... times `backoff`. If
+    that is in vain, trainers write a checkpoint and stop.
 
     Args:
         url: of the server, `http://` or `https://`.
@@ -93,24 +94,34 @@ class HTTPReward:
     def _request(self, pixels: Tensor, prompts: list[str], metadata: list[Mapping[str, Any]]) -> list[float]:
         encoded = [_png(image) for image in pixels]
         body = json.dumps({"images": encoded, "prompts": prompts, "metadata": metadata}).encode()
+        problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
-            try:
-                request = urllib.request.Request(self.url, body, self.headers, method="POST")
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return _rewards(response.read(), len(prompts), self.url)
-            except urllib.error.HTTPError as error:
-                error.close()
-                problem = f"it answered {error.code} {error.reason}"
-                if error.code not in (408, 429) and error.code < 500:
-                    raise RemoteRewardError(f"The reward server {self.url} refused a request: {problem}.") from error
-            except (OSError, HTTPException) as error:  # no connection, a lost one, or a time-out
-                problem = str(error) or type(error).__name__
+            answer, problem = self._post(body)
+            if answer is not None:
+                rewards, problem = _read(answer, len(prompts))
+                if rewards is not None:
+                    return rewards
         raise RemoteRewardError(
             f"The reward server {self.url} failed {self.retries + 1} times, the last time because: {problem}. Check "
             f"that it runs, or raise `timeout` ({self.timeout} s)."
         )
+
+    def _post(self, body: bytes) -> tuple[bytes | None, str]:
+        """The answer, or None and what was wrong, which may be over at the next try."""
+        try:
+            request = urllib.request.Request(self.url, body, self.headers, method="POST")
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return response.read(), ""
+        except urllib.error.HTTPError as error:
+            error.close()
+            problem = f"it answered {error.code} {error.reason}"
+            if error.code not in (408, 429) and error.code < 500:
+                raise RemoteRewardError(f"The reward server {self.url} refused a request: {problem}.") from error
+            return None, problem
+        except (OSError, HTTPException) as error:  # no connection, a lost one, or a time-out
+            return None, str(error) or type(error).__name__
 
 
 def _png(image: Tensor) -> str:
@@ -120,15 +131,12 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _rewards(answer: bytes, count: int, url: str) -> list[float]:
+def _read(answer: bytes, count: int) -> tuple[list[float] | None, str]:
+    """The rewards in an answer, or None and what is wrong with it."""
     try:
         rewards = [float(value) for value in json.loads(answer)["rewards"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise RemoteRewardError(
-            f'The reward server {url} must answer {{"rewards": [...]}}, got {answer[:80]!r}.'
-        ) from error
+    except (ValueError, TypeError, KeyError):
+        return None, f'it must answer {{"rewards": [...]}}, and answered {answer[:80]!r}'
     if len(rewards) != count or not all(math.isfinite(reward) for reward in rewards):
-        raise RemoteRewardError(
-            f"The reward server {url} must answer {count} finite rewards, got {len(rewards)}: {rewards[:4]}."
-        )
-    return rewards
+        return None, f"it must answer {count} finite rewards, and answered {len(rewards)}: {rewards[:4]}"
+    return rewards, ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ class NonFiniteRewardError(DmcHubError, ValueError):
     exit_code = 1
 
 
+class SharedRewardError(RewardError):
+    """A reward could not be had on some process, so it is raised on all."""
+
+
 RewardFunction = Callable[..., Any]
 """Takes what the pipeline's `decode` returns and gives `B` finite numbers, as a tensor, array or list.
 
@@ -27,6 +32,28 @@ Of a controller: `(observations, actions) -> rewards` in the environment's units
 and `(B, T, action_dim)`. A planner's observations are the planned ones (`T` is the horizon), a policy's the single one
 it acted on (`(B, 1, observation_dim)`). Of text-to-image: `(images, prompts, metadata) -> rewards`, see
 `dmc_hub.text_to_image`. Only `RewardGradientTrainer` needs gradients."""
+
+
+@runtime_checkable
+class DeferredReward(Protocol):
+    """A reward function that can be asked without waiting: `submit` returns what waits for the answer."""
+
+    def submit(self, *samples: Any) -> Callable[[], Any]:
+        """Ask for the rewards of samples."""
+
+
+@runtime_checkable
+class StatefulReward(Protocol):
+    """A reward function with a state that a resumed run needs, and with figures of its last call for the log."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last call by name."""
 
 
 def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = True) -> RewardFunction:
@@ -69,19 +96,53 @@ def call_reward(reward_function: RewardFunction, *samples: Any, timeout: float |
     """Call a reward function and check what it returns: float32 of shape `(B,)` on the samples' device.
 
     `samples` is what the pipeline's `decode` returns: observations and actions, or images, prompts and metadata.
-    `timeout` is how many seconds the function may take; None: as long as it likes.
+    `timeout` is how many seconds a plain function may take; None: as long as it likes.
 
     Raises:
         ValueError: the wrong number of rewards, no real numbers, or (`NonFiniteRewardError`) NaN or infinite ones.
         RewardError: the function raised something else, or did not answer in time.
         CollapseError: the samples to be rewarded are not finite: the controller has collapsed.
     """
+    return submit_reward(reward_function, *samples, timeout=timeout)()
+
+
+def submit_reward(reward_function: RewardFunction, *samples: Any, timeout: float | None = None) -> Callable[[], Tensor]:
+    """As `call_reward`, but a `DeferredReward` is only asked: the function returned waits for its answer."""
     tensors = [values for values in samples if isinstance(values, Tensor)]
     names = ("images",) if len(tensors) == 1 else ("observations", "actions")
     for name, values in reversed(list(zip(names, tensors, strict=True))):
         if not torch.isfinite(values).all():
             raise CollapseError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
-    returned = _answer(reward_function, samples, timeout)
+    answer = ask(reward_function, *samples)
+    timeout = None if isinstance(reward_function, DeferredReward) else timeout  # which keeps a limit of its own
+    return lambda: on_all_processes(lambda: _checked(_answer(answer, timeout), tensors[-1]))
+
+
+def ask(reward_function: RewardFunction, *samples: Any) -> Callable[[], Any]:
+    """Ask for rewards, without waiting if that is a `DeferredReward`; the function returned gives them, unchecked."""
+    if isinstance(reward_function, DeferredReward):
+        return reward_function.submit(*samples)
+    return functools.partial(reward_function, *samples)
+
+
+def on_all_processes(answer: Callable[[], Any]) -> Any:
+    """What `answer` gives; if it fails on one process, `SharedRewardError` is raised on all. Collective."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return answer()
+    value, cause = None, None
+    try:
+        value = answer()
+    except Exception as error:
+        cause = error
+    problems: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, None if cause is None else f"{type(cause).__name__}: {cause}")
+    named = [f"process {index}: {problem}" for index, problem in enumerate(problems) if problem is not None]
+    if named:
+        raise SharedRewardError("; ".join(named)) from cause
+    return value
+
+
+def _checked(returned: Any, samples: Tensor) -> Tensor:
     if not isinstance(returned, Tensor):
         try:
             returned = torch.as_tensor(np.asarray(returned, dtype=np.float32))
@@ -91,8 +152,8 @@ def call_reward(reward_function: RewardFunction, *samples: Any, timeout: float |
             ) from error
     if returned.dtype.is_complex or returned.dtype == torch.bool:
         raise ValueError(f"`reward_function` must return real numbers, got {returned.dtype}.")
-    count = len(tensors[-1])
-    rewards = returned.to(tensors[-1].device, torch.float32)
+    count = len(samples)
+    rewards = returned.to(samples.device, torch.float32)
     if rewards.shape != (count,):
         raise ValueError(
             f"`reward_function` must return one reward per sample, shape ({count},), got {tuple(rewards.shape)}."
@@ -106,9 +167,9 @@ def call_reward(reward_function: RewardFunction, *samples: Any, timeout: float |
     return rewards
 
 
-def _answer(reward_function: RewardFunction, samples: tuple[Any, ...], timeout: float | None) -> Any:
+def _answer(answer: Callable[[], Any], timeout: float | None) -> Any:
     try:
-        return reward_function(*samples) if timeout is None else call_within(timeout, reward_function, *samples)
+        return answer() if timeout is None else call_within(timeout, answer)
     except (DmcHubError, ValueError, FloatingPointError, ImportError, MemoryError):
         raise
     except Exception as error:

@@ -7,24 +7,20 @@ from pathlib import Path
 
 import torch
 
-from dmc_hub import checkpoint
-from dmc_hub.benchmarks.joint import JointMiniature, as_table
+from dmc_hub.benchmarks.joint_report import as_table, reproduce_joint
 
-QUICK = {"base_steps": 60, "iterations": 2, "num_pictures": 16}
+QUICK = {"base_steps": 60, "iterations": 2, "credit_iterations": 2, "recipe_iterations": 2, "num_pictures": 16}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/joint"), help="gets joint.json and joint.md")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that everything runs: no real result")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/joint"), help="gets digits-joint.{json,md,png}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="a minute a seed, to see that all runs: no real result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # networks this small are slower on more
-    result = JointMiniature(seed=arguments.seed, **(QUICK if arguments.quick else {})).run()
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_json(arguments.output_dir / "joint.json", result)
-    checkpoint.write_text(arguments.output_dir / "joint.md", as_table(result))
-    print(as_table(result))
+    settings = QUICK if arguments.quick else {}
+    print(as_table(reproduce_joint(arguments.output_dir, seeds=arguments.seeds, **settings)))
 
 
 if __name__ == "__main__":

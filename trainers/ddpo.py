@@ -13,6 +13,7 @@ from dmc_hub.losses import (
     adapted_kl_coefficient,
     entropy_estimates,
     growing_clip_range,
+    off_policy_mask,
     ppo_clip_loss,
     reinforce_loss,
     similarity_credit,
@@ -46,6 +47,21 @@ class DDPOConfig(TruncatedConfig):
         metadata={
             "help": "PPO: clip range of the noisiest step that is trained, from which it grows exponentially to "
             "`clip_range` (and `clip_range_high`) at the last, as in DPPO; None: the same for all steps."
+        },
+    )
+    clip_unit: Literal["sample", "entry"] = field(
+        default="sample",
+        metadata={
+            "help": "PPO: the ratio that is clipped is that of a sample's density, or its geometric mean over the free "
+            "entries (as GSPO's over tokens), so that one clip range does for any resolution. The gradient of what is "
+            "not clipped is the same before the first update."
+        },
+    )
+    divergence_limit: float | None = field(
+        default=None,
+        metadata={
+            "help": "PPO: a denoising step of a sample with a negative advantage is dropped once the mean over its "
+            "free entries of log p_old - log p exceeds this; None: never."
         },
     )
     kl_coefficient: float = field(
@@ -119,6 +135,9 @@ class DDPOConfig(TruncatedConfig):
                 f"`group_size` must be at least {smallest} and divide `per_device_train_batch_size` "
                 f"({self.per_device_train_batch_size}), got {self.group_size}."
             )
+        if self.divergence_limit is not None:
+            clips.append("divergence_limit")
+            self.require_not_negative("divergence_limit")
         if self.loss_type == "reinforce" and clips:
             raise ValueError(f"`{clips[0]}` is of the 'ppo' loss: set it to None for `loss_type` 'reinforce'.")
         if self.loss_type == "reinforce" and self.batches_per_rollout * self.epochs_per_rollout > 1:
@@ -160,8 +179,13 @@ class DDPOTrainer(TruncatedTrainer):
         return self.args.batches_per_rollout * self.args.epochs_per_rollout
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
+        moments = self._reward_moments
         pending = [self._sample_batch(generator) for _ in range(self.args.batches_per_rollout)]
-        chunks = [chunk() for chunk in pending]  # rewards that come from elsewhere were computed meanwhile
+        try:
+            chunks = [chunk() for chunk in pending]  # rewards that come from elsewhere were computed meanwhile
+        except Exception:
+            self._reward_moments = moments
+            raise
         return {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -272,10 +296,23 @@ class DDPOTrainer(TruncatedTrainer):
         if self.args.loss_type == "reinforce":
             return reinforce_loss(log_prob, inputs["advantages"])
         low, high = self._clip_ranges(inputs["stds"], step)
-        loss, ratio = ppo_clip_loss(log_prob, inputs["log_probs"][step], inputs["advantages"], low, high)
+        entries = self._num_free_entries(inputs)
+        unit = entries if self.args.clip_unit == "entry" else 1
+        old_log_prob, advantages = inputs["log_probs"][step], inputs["advantages"]
+        loss, ratio = ppo_clip_loss(log_prob / unit, old_log_prob / unit, advantages, low, high)
         self.log_metric("ratio", ratio)
         self.log_metric("clip_fraction", ((1 - ratio > low) | (ratio - 1 > high)).float())
-        return loss
+        if self.args.divergence_limit is not None:
+            kept = off_policy_mask(
+                log_prob.detach() / entries, old_log_prob / entries, advantages, self.args.divergence_limit
+            )
+            self.log_metric("dropped", (~kept).float())
+            loss = torch.where(kept, loss, 0)
+        return unit * loss
+
+    def _num_free_entries(self, inputs: dict[str, Tensor]) -> Tensor | int:
+        mask = self.pipeline.free_entries(unpack("condition", inputs))
+        return inputs["latents"][0, 0].numel() if mask is None else mask.flatten(1).sum(1)
 
     def _clip_ranges(self, stds: Tensor, step: int) -> tuple[float, float]:
         """How far the ratio of this step may fall below 1 and rise above it."""

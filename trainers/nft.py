@@ -99,6 +99,7 @@ class NFTTrainer(SamplingTrainer):
         super().__init__(*args, **kwargs)
         self.warn_without_reference("reference_coefficient")
         self._old: dict[str, Tensor] = {}
+        self._num_old_updates = 0
 
     @property
     def micro_steps_per_buffer(self) -> int:
@@ -188,17 +189,22 @@ class NFTTrainer(SamplingTrainer):
         return torch.func.functional_call(self.trainable_module(), self._old, args, kwargs)
 
     def _update_old_policy(self, num_buffers: int) -> None:
+        """Once for each buffer, also if collecting is tried again."""
         parameters = self.trainable_module().named_parameters()
         trained = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
         if num_buffers == 0:
             self._old = {name: tensor.clone() for name, tensor in trained.items()}
-        decay = min(self.args.old_policy_decay_rate * num_buffers, self.args.old_policy_decay)
-        for name, tensor in trained.items():
-            self._old[name].lerp_(tensor, 1 - decay)
+        elif num_buffers >= self._num_old_updates:
+            decay = min(self.args.old_policy_decay_rate * num_buffers, self.args.old_policy_decay)
+            for name, tensor in trained.items():
+                self._old[name].lerp_(tensor, 1 - decay)
+        self._num_old_updates = num_buffers + 1
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {**super().extra_state(), **pack("old", self._old)}
+        updates = torch.tensor(self._num_old_updates)
+        return {**super().extra_state(), **pack("old", self._old), "num_old_updates": updates}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self._old = {name: tensor.to(self.args.device) for name, tensor in unpack("old", state).items()}
+        self._num_old_updates = int(state.pop("num_old_updates"))
         super().load_extra_state({name: tensor for name, tensor in state.items() if not name.startswith("old.")})

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from dmc_hub.image_rewards import JointReward
 from dmc_hub.losses import denoising_loss, group_advantages
-from dmc_hub.remote_rewards import HTTPReward
-from dmc_hub.rewards import RewardFunction, call_reward, critic_reward
+from dmc_hub.rewards import RewardFunction, SharedRewardError, StatefulReward, critic_reward, submit_reward
 from dmc_hub.trainers.base import DiffusionConfig, DiffusionTrainer
 from dmc_hub.trainers.loop import require_transitions
 
@@ -127,10 +125,38 @@ class SamplingTrainer(DiffusionTrainer):
         if position == 0 or not self._buffer:
             was_training = self.model.training
             self.model.eval()  # dropout is no part of the controller that acts
-            with torch.no_grad():
+            with torch.no_grad(), self._kept_if_rewards_fail():
                 self._buffer = self.collect(generator)
             self.model.train(was_training)
         return self.draw(self._buffer, position, self.generator("draw"))
+
+    @contextmanager
+    def _kept_if_rewards_fail(self) -> Iterator[None]:
+        """If collecting fails, as when a reward server is down, write a checkpoint from which the run goes on exactly.
+
+        Of several processes only an error that is raised on all of them allows one. In the middle of the micro-steps of
+        an optimizer step there is none either: their gradients would be lost.
+        """
+        before = {name: part.state() for name, part in self._parts().items()}
+        try:
+            yield
+        except FloatingPointError:  # the controller has collapsed: there is nothing to keep
+            raise
+        except Exception as error:
+            for name, part in self._parts().items():
+                part.load_state(before[name])
+            if self.args.world_size == 1 or isinstance(error, SharedRewardError):
+                self._save_before_stopping(error)
+            raise
+
+    def _save_before_stopping(self, error: Exception) -> None:
+        is_between_steps = self.micro_step % self.args.gradient_accumulation_steps == 0
+        if self.args.save_strategy == "no" or not is_between_steps or self.state.global_step == 0:
+            return
+        folder = self._folder(self.state.global_step)
+        if not folder.is_dir():
+            self._save_checkpoint(self.model)
+        error.add_note(f"The run is kept in {folder}: go on with `resume_from_checkpoint=True`.")
 
     def extra_state(self) -> dict[str, Tensor]:
         buffer = {name: tensor.contiguous() for name, tensor in self._buffer.items()}
@@ -148,7 +174,7 @@ class SamplingTrainer(DiffusionTrainer):
         parts = {"source": self.source}
         if self._pretraining_source is not self.source:
             parts["pretraining"] = self._pretraining_source
-        if isinstance(self.reward_function, JointReward):
+        if isinstance(self.reward_function, StatefulReward):
             parts["reward_function"] = self.reward_function
         return parts
 
@@ -188,23 +214,23 @@ class SamplingTrainer(DiffusionTrainer):
         """`count` conditions drawn from the data."""
         return self.pipeline.complete_condition(self.source.conditions(count, generator), generator)
 
-    def rewards_to_come(self, latents: Tensor, condition: dict[str, Tensor]) -> Callable[[], Tensor]:
-        """As `rewards`, but a remote reward function is only asked; the function returned waits for the answer."""
-        if not isinstance(self.reward_function, HTTPReward):
-            rewards = self.rewards(latents, condition)
-            return lambda: rewards
-        samples = self.pipeline.decode(latents, condition)
-        answer = self.reward_function.submit(*samples)
-        return lambda: call_reward(lambda *_: answer(), *samples, timeout=self._reward_timeout)
-
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of latents."""
+        return self.rewards_to_come(latents, condition)()
+
+    def rewards_to_come(self, latents: Tensor, condition: dict[str, Tensor]) -> Callable[[], Tensor]:
+        """As `rewards`, but a `DeferredReward` is only asked; the function returned waits for the answer."""
         samples = self.pipeline.decode(latents, condition)
-        rewards = call_reward(self.reward_function, *samples, timeout=self._reward_timeout)
-        if isinstance(self.reward_function, JointReward):
-            for name, mean in self.reward_function.means.items():
-                self.log_metric(f"reward_{name}", mean)
-        return rewards
+        answer = submit_reward(self.reward_function, *samples, timeout=self._reward_timeout)
+
+        def wait() -> Tensor:
+            rewards = answer()
+            if isinstance(self.reward_function, StatefulReward):
+                for name, value in self.reward_function.metrics().items():
+                    self.log_metric(name, value)
+            return rewards
+
+        return wait
 
     def noise_levels(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What noises `size` samples: their `timesteps` and `noise`."""

@@ -1,13 +1,15 @@
 """A Stable Diffusion from nothing, on scikit-learn's digits in four tones, with classifiers to reward it by.
 
 The prompts name a digit, and three in ten a tone before it; where they do not, most pictures have the first tone. So
-the base is biased as web-scale models are, and both following the prompt and parity of the tones can be measured.
+the base is biased as web-scale models are, and both following the prompt and parity of the tones can be measured. They
+begin in three ways, so that a model can be measured on wordings that its alignment has not seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dmc_hub import checkpoint
 from dmc_hub.text_to_image import TextToImagePolicy
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -28,8 +31,10 @@ TONES = {
     "azure": (0.2, 0.6, 1.0),
 }
 """Colours of equal mean, so that the tone does not fix the brightness."""
-TONE_SHARES = (0.7, 0.1, 0.1, 0.1)
+TONE_SHARES = (0.79, 0.07, 0.07, 0.07)
 """Where the prompt names no tone."""
+OPENINGS = ("", "the", "this")
+"""What a prompt may begin with."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,19 @@ def digit_pictures(seed: int) -> DigitPictures:
         is_named, rng.integers(len(TONES), size=len(digits)), rng.choice(len(TONES), len(digits), p=TONE_SHARES)
     )
     names = list(TONES)
+    openings = rng.choice(OPENINGS, len(digits))
     prompts = [
-        f"{names[tone]} {DIGITS[digit]}" if named else DIGITS[digit]
-        for digit, tone, named in zip(digits, tones, is_named)
+        prompt_of(digit, names[tone] if named else "", opening)
+        for digit, tone, named, opening in zip(digits, tones, is_named, openings)
     ]
     colours = np.array(list(TONES.values()))[tones] * rng.uniform(0.5, 1, (len(digits), 1))
     images = (data.images[order] / 16)[:, None] * colours[:, :, None, None]
     return DigitPictures(torch.tensor(images, dtype=torch.float32), prompts, torch.tensor(digits), torch.tensor(tones))
+
+
+def prompt_of(digit: int, tone: str = "", opening: str = "") -> str:
+    """Say "the jade seven"."""
+    return " ".join(word for word in (opening, tone, DIGITS[digit]) if word)
 
 
 class DigitClassifier(nn.Module):
@@ -138,7 +149,7 @@ def word_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
 def tiny_stable_diffusion(seed: int) -> StableDiffusionPipeline:
     """The architecture of Stable Diffusion for pictures of 8 × 8, untrained: about 0.5 million parameters."""
     torch.manual_seed(seed)
-    tokenizer = word_tokenizer([*DIGITS, *TONES])
+    tokenizer = word_tokenizer([*DIGITS, *TONES, *filter(None, OPENINGS)])
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -151,7 +162,7 @@ def tiny_stable_diffusion(seed: int) -> StableDiffusionPipeline:
         pad_token_id=1,
     )
     vae = AutoencoderKL(
-        block_out_channels=(24, 48),
+        block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
@@ -175,6 +186,7 @@ def tiny_stable_diffusion(seed: int) -> StableDiffusionPipeline:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
+        prediction_type="v_prediction",
         steps_offset=1,
     )
     pipeline = StableDiffusionPipeline(
@@ -228,3 +240,31 @@ def train_base(pipeline: StableDiffusionPipeline, data: DigitPictures, *, steps:
         schedule.step()
     for component in (pipeline.unet, pipeline.text_encoder):
         component.eval().requires_grad_(False)
+
+
+def save_foundation(path: Path, pipeline: StableDiffusionPipeline, reader: nn.Module, judge: nn.Module) -> None:
+    """Keep what `load_foundation` reads: weights, and the scale of the latents."""
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    tensors = {
+        f"{part}.{name}": tensor
+        for part, module in {**parts, "reader": reader, "judge": judge}.items()
+        for name, tensor in module.state_dict().items()
+    }
+    scale = torch.tensor(pipeline.vae.config.scaling_factor, dtype=torch.float64)
+    checkpoint.save_tensors(path, {**tensors, "scale": scale})
+
+
+def load_foundation(
+    path: Path, pipeline: StableDiffusionPipeline
+) -> tuple[StableDiffusionPipeline, DigitClassifier, DigitClassifier]:
+    """Put the weights of the file into an untrained pipeline, and make its two classifiers."""
+    tensors = checkpoint.load_tensors(path)
+    reader, judge = DigitClassifier(), DigitClassifier()
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    for part, module in {**parts, "reader": reader, "judge": judge}.items():
+        prefix = f"{part}."
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        module.load_state_dict(state)
+        module.eval().requires_grad_(False)
+    pipeline.vae.register_to_config(scaling_factor=float(tensors["scale"]))
+    return pipeline, reader, judge

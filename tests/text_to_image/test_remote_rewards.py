@@ -8,18 +8,22 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 
+from dmc_hub.joint_reward import JointReward
 from dmc_hub.remote_rewards import HTTPReward, RemoteRewardError
 from dmc_hub.text_to_image import TextToImagePolicy
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
+from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 
 Answer = Callable[[dict[str, Any]], tuple[int, Any]]
 
@@ -122,16 +126,19 @@ def test_no_server_is_an_error_with_the_address() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>", r"must answer {\"rewards\": \[...\]}, got b'<html>'"),
+        (b"<html>", r"must answer {\"rewards\": \[...\]}, and answered b'<html>'"),
         ({"scores": [1]}, "must answer {"),
-        ({"rewards": [1.0]}, r"must answer 5 finite rewards, got 1"),
-        (b'{"rewards": [1, 2, 3, 4, NaN]}', "must answer 5 finite rewards, got 5"),
+        ({"rewards": [1.0]}, r"must answer 5 finite rewards, and answered 1"),
+        (b'{"rewards": [1, 2, 3, 4, NaN]}', "must answer 5 finite rewards, and answered 5"),
     ],
 )
-def test_useless_answers_are_refused(server: Server, content: Any, message: str) -> None:
+def test_useless_answers_are_asked_for_again_and_then_refused(server: Server, content: Any, message: str) -> None:
+    server.answer = lambda body: (200, content) if len(server.requests) < 3 else redness(body)
+    assert ask(server, retries=2).shape == (5,)
+    assert len(server.requests) == 3
     server.answer = lambda body: (200, content)
-    with pytest.raises(RemoteRewardError, match=message):
-        ask(server)
+    with pytest.raises(RemoteRewardError, match=f"failed 2 times, the last time because: it {message}"):
+        ask(server, retries=1)
 
 
 def test_impossible_settings_are_refused() -> None:
@@ -175,3 +182,97 @@ def test_sampling_goes_on_while_rewards_are_computed(make_pipeline: Callable[[st
     remote = run(HTTPReward(server.url))
     local = run(lambda images, *_: (images[:, 0] * 255).round().mean((1, 2)))
     assert remote == pytest.approx(local, rel=1e-3)
+
+
+def test_a_joint_reward_asks_its_server_before_it_computes_the_others(server: Server) -> None:
+    """The local reward returns only when the server has the images."""
+    asked = threading.Event()
+
+    def note(body: dict[str, Any]) -> tuple[int, Any]:
+        asked.set()
+        return redness(body)
+
+    def local(images: Tensor, *_: Any) -> Tensor:
+        assert asked.wait(30)
+        return images[:, 1].mean((1, 2))
+
+    server.answer = note
+    reward = JointReward({"local": local, "remote": HTTPReward(server.url)}, normalization="none")
+    images = pictures(4)
+    total = reward(images, ["a"] * 4, [{}] * 4)
+    expected = (images[:, 0] * 255).round().mean((1, 2)) + images[:, 1].mean((1, 2))
+    torch.testing.assert_close(total, expected)
+
+
+FAULTS: dict[str, Callable[[dict[str, Any]], tuple[int, Any]]] = {
+    "exception": lambda body: (500, {}),
+    "NaN": lambda body: (200, b'{"rewards": [1, NaN, 2, 3]}'),
+    "wrong length": lambda body: (200, {"rewards": [1.0]}),
+}
+METHODS: dict[str, Any] = {
+    "ddpo": (DDPOTrainer, DDPOConfig, {"batches_per_rollout": 2, "epochs_per_rollout": 1}),
+    "nft": (NFTTrainer, NFTConfig, {"num_conditions": 2, "steps_per_buffer": 2, "old_policy_decay_rate": 0.2}),
+}
+
+
+def train_with_faults(
+    make_pipeline: Callable[[str], Any], server: Server, method: str, folder: str, fault: Any = None, **options: Any
+) -> dict[str, Tensor]:
+    """Six steps, three rollouts, on a stream; with a fault the third fails, and the run is then resumed."""
+    trainer_type, config_type, settings = METHODS[method]
+    rollout_requests = {"ddpo": 2, "nft": 1}[method]
+
+    def run(resume: bool) -> dict[str, Tensor]:
+        reward = JointReward(
+            {"red": HTTPReward(server.url, backoff=0.0, retries=1, **options)}, normalization="running"
+        )
+        config = config_type(
+            max_steps=6,
+            num_inference_steps=2,
+            per_device_train_batch_size=4,
+            group_size=2,
+            lr_scheduler_type="constant",
+            output_dir=folder,
+            save_strategy="steps",
+            save_steps=1000,
+            disable_tqdm=True,
+            **settings,
+        )
+        prompts = IterableDataset.from_generator(lambda: ({"prompt": str(number)} for number in range(50)))
+        policy = TextToImagePolicy(make_pipeline("sd_v"))
+        server.requests.clear()
+        trainer = trainer_type(
+            policy, config, train_dataset=prompts, reward_function=reward, peft_config=LoraConfig(r=2)
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return {name: p.detach().clone() for name, p in policy.denoiser.named_parameters() if "lora" in name}
+
+    if fault is None:
+        return run(resume=False)
+    healthy = 1 + 2 * rollout_requests  # with the trial
+    server.answer = lambda body: fault(body) if len(server.requests) > healthy else redness(body)
+    with pytest.raises(RemoteRewardError, match="failed 2 times") as caught:
+        run(resume=False)
+    assert "checkpoint-4: go on with `resume_from_checkpoint=True`" in caught.value.__notes__[0]
+    server.answer = redness
+    return run(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("ddpo", "exception"), ("ddpo", "NaN"), ("nft", "wrong length"), ("nft", "time-out")]
+)
+def test_a_run_that_its_server_stops_is_kept_and_goes_on_exactly(
+    make_pipeline: Callable[[str], Any], server: Server, method: str, kind: str, tmp_path: Path
+) -> None:
+    release = threading.Event()
+
+    def hang(body: dict[str, Any]) -> tuple[int, Any]:
+        release.wait(30)
+        return redness(body)
+
+    whole = train_with_faults(make_pipeline, server, method, str(tmp_path / "whole"))
+    fault, options = (hang, {"timeout": 0.5}) if kind == "time-out" else (FAULTS[kind], {})
+    resumed = train_with_faults(make_pipeline, server, method, str(tmp_path / "parts"), fault, **options)
+    release.set()
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from dmc_hub.image_rewards import DistributionReward, JointReward, of_its_task, statistical_parity
+from dmc_hub.image_rewards import DistributionReward, statistical_parity
+from dmc_hub.joint_reward import JointReward, min_norm_weights, of_its_task
 from dmc_hub.text_to_image import PromptTasks, TextToImagePolicy
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.joint import JointConfig
@@ -80,7 +81,9 @@ def test_any_statistic_has_a_distance() -> None:
         (lambda: call(DistributionReward(lambda *_: torch.zeros(3), torch.norm), CLASSES), "must return 4 vectors"),
         (lambda: JointReward({}), "`weights` must name some of the rewards"),
         (lambda: JointReward({"a": call}, weights={"b": 1.0}), r"got \['b'\]"),
-        (lambda: JointReward({"a": call}, normalization="std"), "`normalization` must be one of prompt, running"),  # type: ignore[arg-type]
+        (lambda: JointReward({"a": call}, normalization="std"), "`normalization` must be one of prompt, group"),  # type: ignore[arg-type]
+        (lambda: JointReward({"a": call}, weighting="mgda"), "`weighting` must be one of fixed, min_norm"),  # type: ignore[arg-type]
+        (lambda: JointReward({"a": call}, normalization="moving", moving_decay=1.0), "`moving_decay` must lie in"),
         (lambda: call(JointReward({"a": lambda *_: [1.0]}), CLASSES), "The reward 'a' must return 4 numbers"),
         (lambda: JointConfig(max_steps=1, pretraining_coefficient=1.0), "`pretraining_coefficient` must stay 0"),
     ],
@@ -128,6 +131,49 @@ def test_the_running_scale_is_of_the_whole_run_and_resumes() -> None:
     assert call(resumed, 3 * VALUES, PROMPTS) == second
 
 
+def test_the_moving_scale_forgets() -> None:
+    """Sums of squares 2 and 18 over 4 images each, the older ones times 0.5: (1 + 18) / (2 + 4)."""
+    reward = JointReward({"a": column(0)}, normalization="moving", moving_decay=0.5)
+    call(reward, VALUES, PROMPTS)
+    std = (19 / 6) ** 0.5
+    assert call(reward, 3 * VALUES, PROMPTS) == pytest.approx([-3 / std, 3 / std, 0, 0])
+
+
+def test_each_group_has_its_own_scale() -> None:
+    values = torch.tensor([[1.0], [3.0], [5.0], [65.0]])
+    assert call(JointReward({"a": column(0)}, normalization="group"), values, PROMPTS) == pytest.approx([-1, 1, -1, 1])
+    pooled = (2 * (1 + 30**2) / 4) ** 0.5
+    expected = [-1 / pooled, 1 / pooled, -30 / pooled, 30 / pooled]
+    assert call(JointReward({"a": column(0)}), values, PROMPTS) == pytest.approx(expected)
+
+
+def test_the_least_norm_of_two_vectors_is_where_they_are_at_right_angles_to_their_difference() -> None:
+    """`(|b|^2 - a b) / |a - b|^2` of the first, cut to [0, 1] (Algorithm 1 of Sener & Koltun, 2018)."""
+    for a, b in (([1.0, 0.0], [1.0, 2.0]), ([1.0, 0.0], [-0.5, 1.0]), ([3.0, 0.0], [0.0, 1.0])):
+        first, second = torch.tensor(a), torch.tensor(b)
+        share = float(((second - first) @ second / (first - second).pow(2).sum()).clamp(0, 1))
+        stacked = torch.stack([first, second]).double()
+        assert min_norm_weights(stacked @ stacked.T).tolist() == pytest.approx([share, 1 - share], abs=1e-6)
+    axes = torch.diag(
+        torch.tensor([1.0, 4.0, 0.0, 2.0], dtype=torch.float64)
+    )  # weights as 1 / length^2; 0 wants nothing
+    assert min_norm_weights(axes).tolist() == pytest.approx([4 / 7, 1 / 7, 0, 2 / 7], abs=1e-2)
+
+
+def test_a_reward_that_the_others_oppose_counts_for_more() -> None:
+    """Two equal columns and one against them: half of the weight is on the one, and a fixed weight still multiplies."""
+    images = torch.tensor([[1.0, -1.0], [-1.0, 0.5], [2.0, 1.0], [-2.0, -0.5]])
+    rewards = {"a": column(0), "same": column(0, 5.0), "other": column(1, -1.0)}
+    reward = JointReward(rewards, normalization="batch", weighting="min_norm", weights={"other": 2.0})
+    total = call(reward, images)
+    weights = reward.metrics()
+    assert weights["weight_a"] + weights["weight_same"] + weights["weight_other"] == pytest.approx(3)
+    assert weights["weight_other"] == pytest.approx(1.5, abs=0.02)
+    normal = [column / column.std(correction=0) for column in images.T]
+    expected = 1.5 * normal[0] - 2 * 1.5 * normal[1]
+    assert total == pytest.approx(expected.tolist(), abs=0.06)
+
+
 def test_equal_rewards_say_nothing() -> None:
     reward = JointReward({"a": lambda images, *_: torch.full((len(images),), 0.1)})
     assert call(reward, torch.zeros(3, 1)) == [0, 0, 0]
@@ -153,7 +199,8 @@ def test_of_its_task_each_reward_sees_its_own_prompts_only() -> None:
 TWO_PROCESSES = """
 import sys, torch
 torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-from dmc_hub.image_rewards import JointReward, of_its_task, statistical_parity
+from dmc_hub.image_rewards import statistical_parity
+from dmc_hub.joint_reward import JointReward, of_its_task
 mine = slice(0, 3) if sys.argv[2] == "0" else slice(3, 4)
 images = torch.eye(3)[[0, 0, 0, 1]][mine]
 prompts, facts = ["a"] * len(images), [{}] * len(images)
@@ -161,6 +208,8 @@ values = [statistical_parity(lambda i, *_: i)(images, prompts, facts)]
 values += [JointReward({"r": lambda i, *_: i[:, 1]}, normalization="batch")(images, prompts, facts)]
 only_second = [{"task": "x" if sys.argv[2] == "1" else "y"}] * len(images)
 values += [JointReward({"x": lambda i, *_: i[:, 1]}, applies=of_its_task)(images, prompts, only_second)]
+rewards = {"a": lambda i, *_: i[:, 1], "b": lambda i, *_: i[:, 0] + 3 * i[:, 1]}
+values += [JointReward(rewards, normalization="batch", weighting="min_norm")(images, prompts, facts)]
 torch.save(values, sys.argv[3])
 torch.distributed.destroy_process_group()
 """
@@ -175,10 +224,13 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     ]
     assert [process.wait(100) for process in ranks] == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    parity, batch, lone = (torch.cat(pair) for pair in zip(*parts))
+    parity, batch, lone, weighted = (torch.cat(pair) for pair in zip(*parts))
     assert parity.tolist() == pytest.approx(call(statistical_parity(classify), CLASSES))
     whole = JointReward({"r": column(1)}, normalization="batch")
     assert batch.tolist() == pytest.approx(call(whole, CLASSES))
+    rewards = {"a": column(1), "b": lambda images, *_: images[:, 0] + 3 * images[:, 1]}
+    least = JointReward(rewards, normalization="batch", weighting="min_norm")
+    assert weighted.tolist() == pytest.approx(call(least, CLASSES), rel=1e-5)
     assert not lone.any()  # a process without images for a reward, and one image for it elsewhere
 
 

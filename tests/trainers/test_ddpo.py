@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +317,37 @@ def test_the_clipped_share_counts_both_bounds(make_pipeline: MakePipeline, episo
     assert trainer._drain_metrics()["clip_fraction"] == pytest.approx(2 / 16)
 
 
+def test_clipping_by_entry_scales_the_log_ratio_and_keeps_the_gradient(
+    make_pipeline: MakePipeline, episodes: Episodes
+) -> None:
+    """The planner has 13 free entries: a ratio of e^2.6 is e^0.2 per entry, within 1 ± 0.25; e^-6.5 is e^-0.5."""
+    trainer = make_trainer(make_pipeline("planner"), episodes, clip_range=0.25, clip_unit="entry")
+    batch = batch_of(trainer)
+    batch["log_probs"] = torch.zeros_like(batch["log_probs"])
+    batch["advantages"] = torch.tensor([1.0, -1.0] * 8)
+    log_prob = torch.tensor([2.6, -6.5] + [0.0] * 14).requires_grad_()
+    loss = trainer._policy_loss(log_prob, batch, 0)
+    loss.sum().backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad[:2].tolist() == pytest.approx([-math.exp(0.2), 0.0])
+    assert log_prob.grad[2:].tolist() == pytest.approx([-1.0, 1.0] * 7)
+    assert loss[0].item() == pytest.approx(-13 * math.exp(0.2))
+    assert trainer._drain_metrics()["clip_fraction"] == pytest.approx(1 / 16)
+
+
+def test_bad_steps_that_have_become_improbable_are_dropped(make_pipeline: MakePipeline, episodes: Episodes) -> None:
+    trainer = make_trainer(make_pipeline("planner"), episodes, clip_range=9.0, divergence_limit=0.1)
+    batch = batch_of(trainer)
+    batch["log_probs"] = torch.zeros_like(batch["log_probs"])
+    batch["advantages"] = torch.tensor([-1.0, -1.0, 1.0, -1.0] * 4)
+    log_prob = torch.tensor([-1.4, -1.2, -1.4, 1.4] * 4).requires_grad_()  # 13 entries: the limit is at -1.3
+    trainer._policy_loss(log_prob, batch, 0).sum().backward()
+    assert log_prob.grad is not None
+    expected = [0.0, math.exp(-1.2), -math.exp(-1.4), math.exp(1.4)]
+    assert log_prob.grad.tolist() == pytest.approx(expected * 4)
+    assert trainer._drain_metrics()["dropped"] == pytest.approx(1 / 4)
+
+
 # ---- Adaptive KL -------------------------------------------------------------------------------------------
 
 
@@ -502,6 +534,12 @@ def test_recomputed_activations_give_the_same_weights(
             {"clip_range_high": 0.3, "loss_type": "reinforce"},
             "`clip_range_high` is of the 'ppo' loss: set it to None for `loss_type` 'reinforce'",
         ),
+        (
+            {"divergence_limit": 0.1, "loss_type": "reinforce"},
+            "`divergence_limit` is of the 'ppo' loss: set it to None for `loss_type` 'reinforce'",
+        ),
+        ({"divergence_limit": -0.1}, r"`divergence_limit` must be at least 0, got -0\.1"),
+        ({"clip_unit": "dimension"}, "`clip_unit` must be one of sample, entry"),
         ({"kl_target": 0.0}, r"`kl_target` and the `kl_coefficient` .* must be positive, got 0\.0 and 0\.03"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, r"must be positive, got 0\.1 and 0\.0"),
         ({"entropy_coefficient": -1.0}, r"`entropy_coefficient` must be at least 0, got -1\.0"),
