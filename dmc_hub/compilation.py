@@ -88,6 +88,9 @@ class _Packed(nn.Module):
     """Copies of the weight and bias of one of a network's layers, active LoRAs added; `pack` brings the weight into
     another layout."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, network: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.name, self.dtype = name, dtype
@@ -274,7 +277,7 @@ def _mish(x: Tensor) -> Tensor:
     return x * (n / (n + 2))
 
 
-def _base(layer: nn.Module) -> nn.Module:
+def _base(layer: nn.Module) -> Any:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 

@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dmc_hub.benchmarks.timing import Clock
 from dmc_hub.data import Episodes
 
 OBSERVATION_DIM, ACTION_DIM, EPISODE_STEPS = 11, 3, 1000
@@ -94,7 +95,7 @@ def measure_windows(
 
     `episodes` is `Windows.gather`; `per_item` the same windows from `WindowDataset` in a `DataLoader`, in this process
     or one worker, whichever is faster; `floor` the bare copying of the windows' observations, actions and rewards,
-    without padding, masks and history.
+    without padding, masks and history. `batches` compares single batches of the first and the last, in turns.
     """
     episodes = synthetic_episodes(num_steps, seed)
     windows = episodes.windows(horizon)
@@ -125,6 +126,10 @@ def measure_windows(
         "per_item_in_process": _rate(per_item(0), len(windows), max(1, repeats // 2)),
         "per_item_one_worker": _rate(per_item(1), len(windows), max(1, repeats // 2)),
     }
+    clock = Clock()
+    for mine, bare in zip(batches[::2] * repeats, starts[1::2] * repeats):  # other windows, so that no cache helps
+        clock.time("episodes", lambda mine=mine: windows.gather(mine))
+        clock.time("floor", lambda bare=bare: [run[bare] for run in runs])
     fastest_per_item = max(rates["per_item_in_process"], rates["per_item_one_worker"])
     return {
         "num_steps": num_steps,
@@ -133,6 +138,7 @@ def measure_windows(
         "windows_per_second": rates,
         "times_per_item": rates["episodes"] / fastest_per_item,
         "share_of_floor": rates["episodes"] / rates["floor"],
+        "batches": clock.report("floor"),
     }
 
 
