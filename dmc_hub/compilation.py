@@ -36,8 +36,8 @@ class CompiledNetwork:
         self._dtype = dtype
         self._has_failed = False
         self._packed = ChannelsLastUnet(network, dtype) if isinstance(network, TemporalUnet) else None
-        options = {"mode": "reduce-overhead"} if device_of(network).type == "cuda" else {}
-        self._graph: Callable[..., Tensor] = torch.compile(self._function(), dynamic=False, **options)
+        mode = "reduce-overhead" if device_of(network).type == "cuda" else "default"
+        self._graph: Callable[..., Tensor] = torch.compile(self._function(), dynamic=False, mode=mode)
 
     def _function(self) -> Callable[..., Tensor]:
         if self._packed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def _forwards(original: Any, ours: Any, sample: Tensor, compiles: bool) -> dict[
     timesteps = torch.full((len(sample),), 3.0, device=sample.device)
     graphs: dict[str, Any] = {"eager": ours}
     if compiles:
-        graphs |= {"compiled": CompiledNetwork(ours), "compiled, bfloat16": CompiledNetwork(ours, dtype=torch.bfloat16)}
+        graphs["compiled"] = CompiledNetwork(ours)
 
     def step_of(network: Any) -> Callable[[], Any]:
         def run() -> None:
@@ -102,13 +103,13 @@ def measure_decision(
     def guided() -> None:
         guided_sampling(original, value, repeated, (sizes.horizon, width), num_steps=sizes.num_inference_steps)
 
-    planners = {"eager": sizes.build(device=device, seed=seed)}
+    planners: dict[str, Any] = {"eager": sizes.build(device=device, seed=seed)}
     for name, dtype in {"compiled": None, "compiled, bfloat16": torch.bfloat16}.items() if compiles else ():
         planners[name] = sizes.build(device=device, seed=seed)
         planners[name].compile(dtype=dtype)
     runs: dict[str, Callable[[], Any]] = {"original, guided": guided}
     for name, planner in planners.items():
-        runs[name] = lambda planner=planner: planner(observation, num_candidates=num_candidates, generator=seed)
+        runs[name] = functools.partial(planner, observation, num_candidates=num_candidates, generator=seed)
     return {
         "num_candidates": num_candidates,
         "parameters_of_the_value_function": _count(value),

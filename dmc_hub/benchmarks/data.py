@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,11 @@ def measure_windows(
     dataset = WindowDataset(episodes, horizon)
     _check_equal(windows.gather(batches[0]), dataset, batches[0])
 
+    def raw(each: np.ndarray) -> list[np.ndarray]:
+        return [run[each] for run in runs]
+
     def floor() -> Iterator[Any]:
-        for each in starts:
-            yield [run[each] for run in runs]
+        yield from map(raw, starts)
 
     def per_item(num_workers: int) -> Callable[[], Iterator[Any]]:
         def epoch() -> Iterator[Any]:
@@ -128,8 +131,8 @@ def measure_windows(
     }
     clock = Clock()
     for mine, bare in zip(batches[::2] * repeats, starts[1::2] * repeats):  # other windows, so that no cache helps
-        clock.time("episodes", lambda mine=mine: windows.gather(mine))
-        clock.time("floor", lambda bare=bare: [run[bare] for run in runs])
+        clock.time("episodes", partial(windows.gather, mine))
+        clock.time("floor", partial(raw, bare))
     fastest_per_item = max(rates["per_item_in_process"], rates["per_item_one_worker"])
     return {
         "num_steps": num_steps,

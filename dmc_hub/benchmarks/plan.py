@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ def measure_plans(
     *,
     batch_sizes: Sequence[int] = (1, 64),
     samplers: Sequence[str] = tuple(SAMPLERS),
-    sizes: PlannerSizes = PlannerSizes(),  # noqa: B008 (frozen)
+    sizes: PlannerSizes = PlannerSizes(),
     repeats: int = 7,
     device: str = "cpu",
     seed: int = 0,
@@ -86,11 +87,9 @@ def measure_plans(
     results = {}
     for batch_size in batch_sizes:
         latents = torch.randn(batch_size, sizes.horizon, width, device=device)
-        runs: dict[str, Any] = {"bare forwards": lambda latents=latents: bare(latents)}
+        runs: dict[str, Any] = {"bare forwards": functools.partial(bare, latents)}
         for name, pipeline in pipelines.items():
-            runs[name] = lambda pipeline=pipeline, count=batch_size: pipeline(
-                observation, num_candidates=count, generator=seed
-            )
+            runs[name] = functools.partial(pipeline, observation, num_candidates=batch_size, generator=seed)
         more = min(4, max(1, 64 // batch_size))
         results[str(batch_size)] = take_turns(runs, "bare forwards", repeats=more * repeats, device=device, warm_up=1)
     return {"machine": machine(device), "sizes": vars(sizes), "batch_sizes": results}

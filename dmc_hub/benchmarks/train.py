@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -125,16 +124,15 @@ def measure_loops(*, repeats: int = 150, device: str = "cpu", seed: int = 0) -> 
     }
     results = {}
     for name, (trainer_class, config_class, settings) in loops.items():
-        trainers: list[Any] = []
-        beside = None
-        for steps, callbacks in ((1, lambda: []), (repeats + WARM_UP, lambda: [beside])):
+
+        def build(max_steps: int, callbacks: Sequence[TrainerCallback] = ()) -> Any:
             pipeline = TINY.build(device=device, seed=seed)
-            config = config_class(max_steps=steps, **settings, **common)
-            options: dict[str, Any] = {} if name == "denoising" else _alignment(pipeline)
-            trainers.append(trainer_class(pipeline, config, train_dataset=episodes, callbacks=callbacks(), **options))
-            beside = beside or Beside("bare loop", _bare_loop(trainers[0]), device)
-        trainers[1].train()
-        assert beside is not None
+            options = {} if name == "denoising" else _alignment(pipeline)  # noqa: B023 (called in this turn)
+            config = config_class(max_steps=max_steps, **settings, **common)  # noqa: B023
+            return trainer_class(pipeline, config, train_dataset=episodes, callbacks=callbacks, **options)  # noqa: B023
+
+        beside = Beside("bare loop", _bare_loop(build(1)), device)
+        build(repeats + WARM_UP, [beside]).train()
         results[name] = beside.clock.report(beside.name)
     return {"machine": machine(device), "sizes": vars(TINY), "trainers": results}
 
