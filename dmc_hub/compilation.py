@@ -36,8 +36,8 @@ class CompiledNetwork:
         self._dtype = dtype
         self._has_failed = False
         self._packed = ChannelsLastUnet(network, dtype) if isinstance(network, TemporalUnet) else None
-        options = {"mode": "reduce-overhead"} if device_of(network).type == "cuda" else {}
-        self._graph: Callable[..., Tensor] = torch.compile(self._function(), dynamic=False, **options)
+        mode = "reduce-overhead" if device_of(network).type == "cuda" else "default"
+        self._graph: Callable[..., Tensor] = torch.compile(self._function(), dynamic=False, mode=mode)
 
     def _function(self) -> Callable[..., Tensor]:
         if self._packed is not None:
@@ -87,6 +87,9 @@ class CompiledNetwork:
 class _Packed(nn.Module):
     """Copies of the weight and bias of one of a network's layers, active LoRAs added; `pack` brings the weight into
     another layout."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, network: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -274,7 +277,7 @@ def _mish(x: Tensor) -> Tensor:
     return x * (n / (n + 2))
 
 
-def _base(layer: nn.Module) -> nn.Module:
+def _base(layer: nn.Module) -> Any:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 

@@ -346,6 +346,22 @@ def plot_ablation(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     _save(figure, path)
 
 
+def plot_growth(rows: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw the `growth` of `dmc_hub.benchmarks.growth` in logarithmic scales, beside lines of proportional growth."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, -(-len(rows) // 2), squeeze=False).flatten()
+    for axis, (name, row) in zip(axes, rows.items()):
+        values, times = np.array(row["values"]), np.array(row["milliseconds"])
+        axis.loglog(values, times, "o-", label="measured")
+        axis.loglog(values, times[-1] * values / values[-1], ":", color="grey", label="proportional")
+        axis.set(xlabel=name, ylabel="milliseconds")
+        axis.set_xticks(values, [f"{value:,}" for value in values])
+        axis.minorticks_off()
+        _hide_spines(axis)
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
 def _draw_returns(
     axes: Axes, stages: Sequence[Mapping[str, Any]], baseline: float | None, optimum: float | None
 ) -> None:

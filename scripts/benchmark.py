@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,57 @@ import torch
 
 from dmc_hub import __version__, checkpoint
 from dmc_hub.arguments import AlignArguments
+from dmc_hub.benchmarks.act import measure_acting
 from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
 from dmc_hub.benchmarks.data import measure_conversion, measure_windows
+from dmc_hub.benchmarks.growth import measure_growth
+from dmc_hub.benchmarks.plan import measure_plans
+from dmc_hub.benchmarks.profile import profiled
+from dmc_hub.benchmarks.rollout import measure_rollouts
+from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
+from dmc_hub.plots import plot_growth
 from dmc_hub.recipes import shared_foundation
 
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}
+
+
+def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A plan over as many bare forwards of its network, with every sampler."""
+    return measure_plans(**_common(arguments, 7))
+
+
+def act(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Networks and one decision over the originals of the same widths."""
+    return measure_acting(compiles=not arguments.eager, **_common(arguments, 15))
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A training step, data included, over forward, backward and optimiser alone."""
+    return measure_training(**_common(arguments, 40))
+
+
+def align(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps of trainers on tiny models over a bare loop."""
+    return measure_loops(**_common(arguments, 150))
+
+
+def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Episodes over their decisions and environment steps by themselves."""
+    return measure_rollouts(num_envs=arguments.num_envs, num_workers=arguments.num_workers, **_common(arguments, 10))
+
+
+def growth(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How cost grows with candidates, horizon, denoising steps, environments, data and processes."""
+    result = measure_growth(**_common(arguments, 5))
+    if arguments.plot is not None:
+        plot_growth(result["growth"], arguments.plot)
+    return result
+
+
+def _common(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    repeats = repeats if arguments.repeats is None else arguments.repeats
+    return {"repeats": repeats, "device": arguments.device, "seed": arguments.seed}
 
 
 def alignment(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,35 +98,55 @@ def vision(arguments: argparse.Namespace) -> dict[str, Any]:
     return frames_per_second(batch_size=arguments.batch_size, device=arguments.device, seed=arguments.seed)
 
 
-def main() -> int:
-    """Parse the arguments, run one benchmark, write or print its JSON."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    command = benchmarks.add_parser("alignment", help=alignment.__doc__)
-    command.set_defaults(run=alignment)
+
+    def add(run: Callable[[argparse.Namespace], dict[str, Any]]) -> argparse.ArgumentParser:
+        command = benchmarks.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--output", help="JSON file; printed by default")
+        command.add_argument("--profile", help="file for a trace of the run, for chrome://tracing or Perfetto")
+        command.add_argument("--threads", type=int, help="threads of torch; as many as there are cores by default")
+        return command
+
+    for run in (plan, act, train, align, rollout, growth):
+        command = add(run)
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--repeats", type=int, help="of each measurement")
+    benchmarks.choices["act"].add_argument("--eager", action="store_true", help="compile nothing")
+    benchmarks.choices["rollout"].add_argument("--num-envs", type=int, default=16)
+    benchmarks.choices["rollout"].add_argument("--num-workers", type=int, default=2)
+    benchmarks.choices["growth"].add_argument("--plot", help="PNG file")
+    command = add(alignment)
     command.add_argument("--controller", choices=("planner", "policy"), default="planner")
     command.add_argument("--foundation", help="folder of a trained pipeline with its critic; by default one is trained")
     command.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of training steps")
-    command = benchmarks.add_parser("data", help=data.__doc__)
-    command.set_defaults(run=data)
+    command = add(data)
     command.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32])
     command.add_argument("--batch-size", type=int, default=256)
     command.add_argument("--gigabytes", type=float, default=2.0, help="size of the file to convert; 0: none")
-    command = benchmarks.add_parser("vision", help=vision.__doc__)
-    command.set_defaults(run=vision)
+    command = add(vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")
-    for each in benchmarks.choices.values():
-        each.add_argument("--seed", type=int, default=0)
-        each.add_argument("--output", help="JSON file; printed by default")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Parse the arguments, run one benchmark, write or print its JSON."""
+    arguments = _parser().parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     result = {
         "benchmark": arguments.benchmark,
         "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "versions": {"dmc_hub": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
-        **arguments.run(arguments),
     }
+    with profiled(arguments.profile) as most_expensive:
+        measured = arguments.run(arguments)
+    result |= {**measured, **({"most_expensive": most_expensive} if most_expensive else {})}
     text = json.dumps(result, indent=2) + "\n"
     if arguments.output is None:
         print(text, end="")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dmc_hub.benchmarks.timing import Clock
 from dmc_hub.data import Episodes
 
 OBSERVATION_DIM, ACTION_DIM, EPISODE_STEPS = 11, 3, 1000
@@ -94,7 +96,7 @@ def measure_windows(
 
     `episodes` is `Windows.gather`; `per_item` the same windows from `WindowDataset` in a `DataLoader`, in this process
     or one worker, whichever is faster; `floor` the bare copying of the windows' observations, actions and rewards,
-    without padding, masks and history.
+    without padding, masks and history. `batches` compares single batches of the first and the last, in turns.
     """
     episodes = synthetic_episodes(num_steps, seed)
     windows = episodes.windows(horizon)
@@ -106,9 +108,11 @@ def measure_windows(
     dataset = WindowDataset(episodes, horizon)
     _check_equal(windows.gather(batches[0]), dataset, batches[0])
 
+    def raw(each: np.ndarray) -> list[np.ndarray]:
+        return [run[each] for run in runs]
+
     def floor() -> Iterator[Any]:
-        for each in starts:
-            yield [run[each] for run in runs]
+        yield from map(raw, starts)
 
     def per_item(num_workers: int) -> Callable[[], Iterator[Any]]:
         def epoch() -> Iterator[Any]:
@@ -125,6 +129,10 @@ def measure_windows(
         "per_item_in_process": _rate(per_item(0), len(windows), max(1, repeats // 2)),
         "per_item_one_worker": _rate(per_item(1), len(windows), max(1, repeats // 2)),
     }
+    clock = Clock()
+    for mine, bare in zip(batches[::2] * repeats, starts[1::2] * repeats):  # other windows, so that no cache helps
+        clock.time("episodes", partial(windows.gather, mine))
+        clock.time("floor", partial(raw, bare))
     fastest_per_item = max(rates["per_item_in_process"], rates["per_item_one_worker"])
     return {
         "num_steps": num_steps,
@@ -133,6 +141,7 @@ def measure_windows(
         "windows_per_second": rates,
         "times_per_item": rates["episodes"] / fastest_per_item,
         "share_of_floor": rates["episodes"] / rates["floor"],
+        "batches": clock.report("floor"),
     }
 
 

@@ -243,49 +243,45 @@ class Windows:
             all float32, and `valid` `(batch, horizon)`, bool.
         """
         starts = _as_indices(indices)
-        first = np.minimum(starts, len(self._runs["rewards"]) - 1)
-        acting = first if self.num_past_actions == 0 else np.clip(starts - self.num_past_actions, 0, first)
+        places = self._places[starts]
+        acting = places if self.num_past_actions == 0 else self._acting_places[starts]
         batch = {
-            "observations": self._runs["observations"][first],
+            "observations": self._runs["observations"][places],
             "actions": self._runs["actions"][acting],
-            "rewards": self._runs["rewards"][first],
-            "valid": np.ones((len(starts), self.horizon), dtype=bool),
+            "rewards": self._runs["rewards"][places],
+            "valid": np.arange(self.horizon) <= (self.last_steps[starts] - starts)[:, None],
         }
-        padded = np.flatnonzero(self._is_padded[starts])
-        if len(padded):
-            for name, values in self._padded(starts[padded]).items():
-                batch[name][padded] = values
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         is_short = self.num_observation_steps == 1
         return {**tensors, "observation_history": tensors["observations"][:, :1] if is_short else self.history(starts)}
 
     @cached_property
     def _runs(self) -> dict[str, np.ndarray]:
-        """By column, the `horizon` rows from each step on: whole runs of memory, and past the end whatever is there."""
-        names = ("observations", "actions", "rewards")
-        return {name: _runs(getattr(self.episodes, name), self.horizon) for name in names}
+        """By column, the `horizon` rows from each row on, of copies in which every episode is padded: whole runs of
+        memory, so that a window is one of them."""
+        episodes, after = self.episodes, self.horizon - 1
+        rows, is_after = _padded_rows(episodes, 0, after)
+        observations, rewards = episodes.observations[rows], episodes.rewards[rows]
+        observations[is_after], rewards[is_after] = episodes.next_observations[rows[is_after]], 0
+        rows, is_after = _padded_rows(episodes, self.num_past_actions, after)
+        actions = episodes.actions[rows]
+        actions[is_after] = 0
+        padded = {"observations": observations, "actions": actions, "rewards": rewards}
+        return {name: _runs(array, self.horizon) for name, array in padded.items()}
 
     @cached_property
-    def _is_padded(self) -> np.ndarray:
-        """Whether the window of a step reaches over an end of its episode, bool of shape `(num_steps,)`."""
-        steps = np.arange(len(self))
-        return (steps - self.num_past_actions < self.first_steps) | (steps + self.horizon - 1 > self.last_steps)
+    def _places(self) -> np.ndarray:
+        """Where the window of each step starts among the padded rows, int64 of shape `(num_steps,)`."""
+        return np.arange(len(self)) + self._episode_of_step * (self.horizon - 1)
 
-    def _padded(self, starts: np.ndarray) -> dict[str, np.ndarray]:
-        """Windows that reach over an end of their episode, row by row."""
-        last = self.last_steps[starts][:, None]
-        steps = starts[:, None] + np.arange(self.horizon)
-        valid = steps <= last
-        rows = np.minimum(steps, last)
-        final = self.episodes.next_observations[last]
-        acting = steps - self.num_past_actions
-        action_rows = np.clip(acting, self.first_steps[starts][:, None], last)
-        return {
-            "observations": np.where(valid[..., None], self.episodes.observations[rows], final),
-            "actions": self.episodes.actions[action_rows] * (acting <= last)[..., None],
-            "rewards": self.episodes.rewards[rows] * valid,
-            "valid": valid,
-        }
+    @cached_property
+    def _acting_places(self) -> np.ndarray:
+        """The same of its actions, `num_past_actions` steps earlier."""
+        return self._places + self._episode_of_step * self.num_past_actions
+
+    @cached_property
+    def _episode_of_step(self) -> np.ndarray:
+        return np.repeat(np.arange(self.episodes.num_episodes), self.episodes.episode_lengths)
 
     def transitions(self, indices: np.ndarray | Tensor, discount: float) -> dict[str, Tensor]:
         """Gather steps over whole windows, for values of action sequences (arXiv:2507.07969, Eq. 3).
@@ -354,12 +350,19 @@ def _image_feature(shape: tuple[int, ...]) -> datasets.List:
     return datasets.List(row, length=height)
 
 
+def _padded_rows(episodes: Episodes, before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of all episodes, each with its first step repeated `before` it and its last `after` it, and which rows
+    are of the latter."""
+    lengths = episodes.episode_lengths + before + after
+    steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) - before
+    last = np.repeat(episodes.episode_lengths - 1, lengths)
+    rows = np.repeat(episodes.episode_starts, lengths) + np.clip(steps, 0, last)
+    return rows, steps > last
+
+
 def _runs(array: np.ndarray, length: int) -> np.ndarray:
-    """The `length` rows from each row on, a view; a short array's only run ends with copies of its last row."""
-    count = len(array) - length + 1
-    if count < 1:
-        return array[np.minimum(np.arange(length), len(array) - 1)][None]
-    shape, strides = (count, length, *array.shape[1:]), (array.strides[0], *array.strides)
+    """The `length` rows from each row on, a view."""
+    shape, strides = (len(array) - length + 1, length, *array.shape[1:]), (array.strides[0], *array.strides)
     return as_strided(array, shape, strides, writeable=False)
 
 
