@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
 
     def add(run: Callable[[argparse.Namespace], dict[str, Any]]) -> argparse.ArgumentParser:
-        command = benchmarks.add_parser(run.__name__, help=run.__doc__)
+        command = benchmarks.add_parser(run.__name__, help=str(run.__doc__).replace("%", "%%"))
         command.set_defaults(run=run)
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--output", help="JSON file; printed by default")

@@ -46,6 +46,11 @@ def test_the_alignment_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert result["curves"]["plain DDPO"][-1]["forwards"] == 4 * 256 * (10 + 9)
 
 
+def test_the_benchmarks_are_listed() -> None:
+    shown = subprocess.run([sys.executable, "scripts/benchmark.py", "--help"], cwd=ROOT, check=True, capture_output=True)
+    assert "evaluations to 90 % of the best gain" in " ".join(shown.stdout.decode().split())
+
+
 def make_foundation(folder: Path) -> str:
     from dmc_hub.data import Episodes
     from dmc_hub.presets import PRESETS
