@@ -33,12 +33,13 @@ ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """A plan over as many bare forwards of its network, with every sampler."""
-    return measure_plans(**_common(arguments, 7))
+    return measure_plans(batch_sizes=arguments.batch_sizes, **_common(arguments, 7))
 
 
 def act(arguments: argparse.Namespace) -> dict[str, Any]:
     """Networks and one decision over the originals of the same widths."""
-    return measure_acting(compiles=not arguments.eager, **_common(arguments, 15))
+    options = {"batch_sizes": arguments.batch_sizes, "compiles": not arguments.eager}
+    return measure_acting(**options, **_common(arguments, 15))
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         command = add(run)
         command.add_argument("--device", default="cpu")
         command.add_argument("--repeats", type=int, help="of each measurement")
+    for name in ("plan", "act"):
+        benchmarks.choices[name].add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
     benchmarks.choices["act"].add_argument("--eager", action="store_true", help="compile nothing")
     benchmarks.choices["rollout"].add_argument("--num-envs", type=int, default=16)
     benchmarks.choices["rollout"].add_argument("--num-workers", type=int, default=2)
