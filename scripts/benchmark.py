@@ -23,6 +23,7 @@ from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
 from dmc_hub.benchmarks.profile import profiled
 from dmc_hub.benchmarks.rollout import measure_rollouts
+from dmc_hub.benchmarks.table import write_table
 from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
 from dmc_hub.plots import plot_growth
@@ -133,12 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     command = add(vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")
+    command = benchmarks.add_parser("table", help="Write the table of a page from the JSON files of a folder.")
+    command.add_argument("--page", default="docs/speed.md")
+    command.add_argument("--folder", default="docs/benchmarks")
     return parser
 
 
 def main() -> int:
     """Parse the arguments, run one benchmark, write or print its JSON."""
     arguments = _parser().parse_args()
+    if arguments.benchmark == "table":
+        write_table(Path(arguments.page), Path(arguments.folder))
+        return 0
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     result = {

@@ -21,6 +21,7 @@ from dmc_hub.benchmarks.originals import CleanDiT, DiffuserUnet, DiffuserValue, 
 from dmc_hub.benchmarks.plan import SAMPLERS, PlannerSizes, measure_plans
 from dmc_hub.benchmarks.profile import profiled
 from dmc_hub.benchmarks.rollout import SIZES, measure_rollouts
+from dmc_hub.benchmarks.table import END, START, write_table
 from dmc_hub.benchmarks.timing import Clock
 from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.models.temporal_unet import TemporalUnet
@@ -33,7 +34,7 @@ TINY = PlannerSizes(horizon=8, dim=32, dim_mults=(1, 2), num_inference_steps=2)
 def check(report: dict[str, Any], *names: str) -> None:
     """A report of `Clock` on these and the floor, which are positive numbers."""
     assert set(report["milliseconds"]) == {report["floor"], *names}
-    assert set(report["ratio"]) == set(report["cpu_ratio"]) == set(names)
+    assert set(report["ratio"]) == set(report["cpu_ratio"]) == set(report["fastest_ratio"]) == set(names)
     assert all(value > 0 for value in report["milliseconds"].values())
 
 
@@ -46,6 +47,7 @@ def test_a_report_is_of_medians_over_those_of_the_floor() -> None:
     assert report["milliseconds"] == {"floor": 2000, "other": 3000}
     assert report["ratio"] == report["cpu_ratio"] == {"other": 1.5}
     assert report["cpu_milliseconds"]["floor"] == 20_000
+    assert report["fastest_ratio"] == {"other": 1.0}
     assert report["repeats"] == 3
 
 
@@ -117,6 +119,24 @@ def test_a_profile_ranks_by_time_of_their_own(tmp_path: Path) -> None:
     with profiled(None) as nothing:
         pass
     assert nothing == []
+
+
+def test_the_table_says_what_was_missed_and_what_was_not_measured(tmp_path: Path) -> None:
+    ratios = {"DDPM": 1.04, "DDIM": 1.2}
+    report = {"ratio": ratios, "cpu_ratio": ratios, "fastest_ratio": {"DDPM": 1.0, "DDIM": 1.01}, "repeats": 3}
+    (tmp_path / "plan.json").write_text(json.dumps({"batch_sizes": {"64": report}}))
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        write_table(page, tmp_path)
+    text = page.read_text()
+    assert "| 1.05 | 1.20 (missed) | 1.20 (missed) | 1.01 | 3 |" in text
+    assert "batch 1, the slowest sampler / bare forwards | 1.15 | not measured" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    with pytest.raises(ValueError, match="must have the lines"):
+        write_table(tmp_path / "plan.json", tmp_path)
 
 
 # ---- The originals --------------------------------------------------------------------------------------
