@@ -23,6 +23,7 @@ from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
 from dmc_hub.benchmarks.profile import profiled
 from dmc_hub.benchmarks.rollout import measure_rollouts
+from dmc_hub.benchmarks.table import write_table
 from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
 from dmc_hub.plots import plot_growth
@@ -33,12 +34,13 @@ ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """A plan over as many bare forwards of its network, with every sampler."""
-    return measure_plans(**_common(arguments, 7))
+    return measure_plans(batch_sizes=arguments.batch_sizes, **_common(arguments, 7))
 
 
 def act(arguments: argparse.Namespace) -> dict[str, Any]:
     """Networks and one decision over the originals of the same widths."""
-    return measure_acting(compiles=not arguments.eager, **_common(arguments, 15))
+    options = {"batch_sizes": arguments.batch_sizes, "compiles": not arguments.eager}
+    return measure_acting(**options, **_common(arguments, 15))
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         command = add(run)
         command.add_argument("--device", default="cpu")
         command.add_argument("--repeats", type=int, help="of each measurement")
+    for name in ("plan", "act"):
+        benchmarks.choices[name].add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
     benchmarks.choices["act"].add_argument("--eager", action="store_true", help="compile nothing")
     benchmarks.choices["rollout"].add_argument("--num-envs", type=int, default=16)
     benchmarks.choices["rollout"].add_argument("--num-workers", type=int, default=2)
@@ -130,12 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     command = add(vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")
+    command = benchmarks.add_parser("table", help="Write the table of a page from the JSON files of a folder.")
+    command.add_argument("--page", default="docs/speed.md")
+    command.add_argument("--folder", default="docs/benchmarks")
     return parser
 
 
 def main() -> int:
     """Parse the arguments, run one benchmark, write or print its JSON."""
     arguments = _parser().parse_args()
+    if arguments.benchmark == "table":
+        write_table(Path(arguments.page), Path(arguments.folder))
+        return 0
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     result = {

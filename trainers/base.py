@@ -414,6 +414,16 @@ class DiffusionTrainer(Trainer, ABC):
         for grad, mean in zip(grads, means, strict=True):
             grad.copy_(mean.view_as(grad))
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the stock trainer's. On a CPU gradients that are short enough are not multiplied by 1."""
+        if self.args.device.type == "cpu":
+            self.accelerator.unscale_gradients()
+            grads = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
+            if norm <= self.args.max_grad_norm:
+                return norm
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last call before the optimizer steps. NaN and infinity survive the averaging, so all processes
         agree on what to skip."""

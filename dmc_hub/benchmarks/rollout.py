@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 
 from dmc_hub.benchmarks.plan import PlannerSizes
 from dmc_hub.benchmarks.timing import machine, take_turns
@@ -45,8 +44,7 @@ def make_envs(count: int, *, in_workers: bool) -> Any:
     """So many environments of Nav1D, side by side in this process or one in each worker."""
     if in_workers:
         return RestartingVectorEnv([functools.partial(gymnasium.make, NAV1D_ID)] * count)
-    options = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-    return gymnasium.make_vec(NAV1D_ID, num_envs=count, vector_kwargs=options)
+    return gymnasium.make_vec(NAV1D_ID, num_envs=count)
 
 
 def _measure(planner: Any, vector_env: Any, count: int, repeats: int, device: str, seed: int) -> dict[str, Any]:

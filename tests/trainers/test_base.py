@@ -596,6 +596,24 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("size", [0.01, 1.0, 50.0])
+def test_gradients_are_clipped_as_torch_clips_them(size: float) -> None:
+    trainer = make_trainer(max_grad_norm=1.0)
+    torch.manual_seed(3)
+    parameters = list(trainer.model.parameters())
+    for parameter in parameters:
+        parameter.grad = size * torch.randn(parameter.shape)
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    for twin, parameter in zip(twins, parameters, strict=True):
+        twin.grad = None if parameter.grad is None else parameter.grad.clone()
+    expected = nn.utils.clip_grad_norm_(twins, 1.0)
+    assert torch.equal(trainer._clip_grad_norm(trainer.model), expected)
+    for twin, parameter in zip(twins, parameters, strict=True):
+        assert parameter.grad is not None
+        assert twin.grad is not None
+        assert torch.equal(parameter.grad, twin.grad)
+
+
 def run_script(scenario: str, folder: Path, *launcher: str) -> str:
     root = Path(__file__).resolve().parents[2]
     environment = {
