@@ -116,6 +116,11 @@ class AdaptableController:
                 digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def _base_facts(self) -> dict[str, Any]:
+        """What an adapter depends on beside what the fingerprint is of."""
+        names = ("horizon", "num_observation_steps")
+        return {name: self.config[name] for name in names if name in self.config}
+
     def _weights_that_act(self) -> list[dict[str, Tensor]]:
         """Of the components besides the denoiser that an adapter depends on: normaliser, and what acts or sees."""
         others = [self.components.get(name) for name in ("inverse_dynamics", "vision_encoder")]
@@ -139,6 +144,7 @@ class AdaptableController:
         metadata = {
             "format": "pt",
             "base_fingerprint": self.base_fingerprint(),
+            "base_facts": json.dumps(self._base_facts()),
             "lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}),
         }
         _save_atomically({f"{prefix}.{n}": t for n, t in state.items()}, folder / DIFFUSERS_ADAPTER_WEIGHTS, metadata)
@@ -199,10 +205,14 @@ class AdaptableController:
         state, metadata = _read_adapter_weights(folder / ADAPTER_WEIGHTS)
         _check_same_settings(config, metadata, folder)
         expected, found = self.base_fingerprint(), metadata.get("base_fingerprint")
-        if found != expected:
+        facts = {
+            **self._base_facts(),
+            **json.loads(metadata.get("base_facts", "{}")),
+        }  # of old adapters nothing is known
+        if found != expected or facts != self._base_facts():
             mismatch = (
                 f"The adapter in `{name_or_path}` was trained on another base: on {_named(config, found)}; this "
-                f"pipeline is {self._own_name(expected)}."
+                f"pipeline is {self._own_name(expected)}{_differences(facts, self._base_facts())}."
             )
             if not allow_mismatch:
                 raise ValueError(f"{mismatch} Load the pipeline that the adapter was saved beside.")
@@ -477,6 +487,11 @@ def _named(config: LoraConfig, fingerprint: Any) -> str:
         "a base without a name" if config.base_model_name_or_path is None else f"`{config.base_model_name_or_path}`"
     )
     return f"{source} with the fingerprint {str(fingerprint)[:12]}"
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    changed = [f"{name} was {value}, is {ours.get(name)}" for name, value in theirs.items() if ours.get(name) != value]
+    return f" ({'; '.join(changed)})" if changed else ""
 
 
 def _check_leaves_base(config: LoraConfig) -> None:

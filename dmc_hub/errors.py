@@ -44,6 +44,10 @@ class EnvironmentFailedError(RunError):
     """Environments failed so often that there is nothing to report."""
 
 
+class MissingFileError(DmcHubError, FileNotFoundError):
+    """A folder is not what it is taken for: a file is not in it."""
+
+
 class FolderInUseError(DmcHubError, ValueError):
     """Another process writes to the folder."""
 

@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 )
 
 from dmc_hub import checkpoint
-from dmc_hub.errors import DmcHubError
+from dmc_hub.errors import DmcHubError, MissingFileError
 from dmc_hub.version import __version__
 
 FORMAT = 1
@@ -40,6 +40,8 @@ MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_SETTING = 1_000_000
 """Larger numbers in a network's configuration are refused before they are allocated."""
+MAX_ENTRIES = 1000
+"""Longer lists in it likewise."""
 _PRIVATE = ("_name_or_path", "_hub_repo", "_hub_revision", "_task")
 _STEM = re.compile(r"dmc_hub_(?P<module>\w+)_(?P<hash>[0-9a-f]{8})")
 _WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -180,7 +182,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"`{folder}` is not a pipeline folder: it has no {INDEX_NAME}.")
+        raise MissingFileError(f"`{folder}` is not a pipeline folder: it has no {INDEX_NAME}.")
     index = read_json(path)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) and not _are_two_names(class_name):
@@ -297,6 +299,12 @@ def _check_shapes(folder: Path, component: Any) -> None:
         return  # what loads it says what is missing
     chosen = min(variants.values(), key=lambda variant: (variant is not None, variant))
     held = {k: e for path, kind in variants.items() if kind == chosen for k, e in read_header(path).items()}
+    for name, value in read_json(folder / component.config_name).items():
+        if isinstance(value, list) and len(value) > MAX_ENTRIES:
+            raise UnreadableRepoError(
+                f"`{folder / component.config_name}`: {name!r} has {len(value):,} entries, more than a network of "
+                "dmc_hub has."
+            )
     try:
         shapes = {name: tuple(entry["shape"]) for name, entry in held.items()}
         with torch.device("meta"), _limited_size(sum(math.prod(shape) for shape in shapes.values())):

@@ -80,7 +80,7 @@ def _train(run: Path | None, result: Path, marks: Path | None = None, **options:
     """Train and save at each step; `marks` gets a byte when a step is done, before its checkpoint is written."""
     trainer = make_trainer(run, **{**SAVING, **options})
     if marks is not None:
-        trainer.after_optimizer_step = partial(_mark, marks)  # type: ignore[method-assign]
+        trainer.after_optimizer_step = partial(_mark, marks)
     trainer.train(resume_from_checkpoint="auto")
     checkpoint.save_tensors(result, {**state_of(trainer), "running": trainer.running})
     return trainer
@@ -198,13 +198,8 @@ def too_little_room(folder: Path) -> None:
     from dmc_hub import output_folder
 
     trainer = make_trainer(folder / "run", **{**SAVING, "max_steps": 2})
-    real, calls = output_folder.free_bytes, []
-
-    def scarce(path: Any) -> int:
-        calls.append(path)
-        return 1000 if len(calls) > 1 else real(path)
-
-    output_folder.free_bytes = scarce
+    free = iter([10**12, 1000])
+    output_folder.free_bytes = lambda folder: next(free)
     try:
         trainer.train()
     except SaveError as error:
