@@ -189,6 +189,7 @@ class TextToImagePolicy(AdaptableController):
         negative_prompt: what guidance leads away from; the pipeline's own default if None.
         height: of images in pixels; likewise `width`. By default what the network was trained on.
         prompt_cache_size: encoded prompts that are kept.
+        image_cache_size: encoded images of pairs that are kept, of data that are held in memory.
         decode_batch_size: latents that the autoencoder decodes at a time.
 
     Raises:
@@ -207,6 +208,7 @@ class TextToImagePolicy(AdaptableController):
         height: int | None = None,
         width: int | None = None,
         prompt_cache_size: int = 1024,
+        image_cache_size: int = 4096,
         decode_batch_size: int = 16,
     ) -> None:
         kinds = [architecture for kind, architecture in _ARCHITECTURES if isinstance(pipeline, kind)]
@@ -227,6 +229,7 @@ class TextToImagePolicy(AdaptableController):
             if getattr(self, name) % pipeline.vae_scale_factor:
                 raise ValueError(f"`{name}` must be a multiple of {pipeline.vae_scale_factor}.")
         self.prompt_cache_size = prompt_cache_size
+        self.image_cache_size = image_cache_size
         self.decode_batch_size = decode_batch_size
         self._num_inference_steps = num_inference_steps
         self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
@@ -391,18 +394,13 @@ class TextToImagePolicy(AdaptableController):
         return (decoded / 2 + 0.5).clamp(0, 1), list(prompts), list(metadata)
 
     @torch.no_grad()
-    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and conditions of pairs.
-
-        Args:
-            batch: `prompts`, `metadata`, and `images` `(B, C, H, W)` in `[0, 1]`, of which the autoencoder's mode is
-                taken.
-        """
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images `(B, C, H, W)` in `[0, 1]`: the autoencoder's mode."""
         vae = self.pipeline.vae
-        images = (2 * batch["images"] - 1).to(vae.device, vae.dtype).split(self.decode_batch_size)
-        encoded = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in images]).float()
+        chunks = (2 * images - 1).to(vae.device, vae.dtype).split(self.decode_batch_size)
+        encoded = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in chunks]).float()
         mean, std = self._latent_statistics(encoded)
-        return (encoded - mean) / std, self.prompt_condition(batch["prompts"], batch["metadata"])
+        return (encoded - mean) / std
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the autoencoder's own latents: ours are those normalised."""
@@ -461,6 +459,7 @@ class PromptConditions(ConditionSource):
         self.policy = policy
         self.data = data
         self._added = {} if task is None else {"task": task}
+        self._latents: dict[int, Tensor] = {}
         self._rows: Sequence[Any] | None = data if isinstance(data, (Sequence, Dataset)) else None
         self._stream = None if self._rows is not None else _Stream(data, process_index, num_processes)
         if self._rows is not None and not len(self._rows):
@@ -474,11 +473,23 @@ class PromptConditions(ConditionSource):
     def examples(self, count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.has_examples:
             raise ValueError("`train_dataset` has prompts only: add a column `image`.")
-        rows = self._take(count, generator)
+        if self._rows is None:
+            rows = self._take(count, generator)
+            return self._encoded(rows), self.policy.prompt_condition(*_columns(rows))
+        indices = self._indices(count, generator)
+        missing = [index for index in dict.fromkeys(indices) if index not in self._latents]
+        found = {index: self._latents[index] for index in indices if index in self._latents}
+        if missing:
+            found |= dict(zip(missing, self._encoded([self._row(self._rows[index]) for index in missing])))
+        self._latents = dict(itertools.islice((self._latents | found).items(), self.policy.image_cache_size))
+        condition = self.policy.prompt_condition(*_columns([self._row(self._rows[index]) for index in indices]))
+        return torch.stack([found[index] for index in indices]), condition
+
+    def _encoded(self, rows: list[dict[str, Any]]) -> Tensor:
+        """Latents of the rows' images, each encoded by itself: a resumed run fills its cache in other batches."""
         processor = self.policy.pipeline.image_processor
         images = torch.cat([processor.preprocess(row["image"], self.policy.height, self.policy.width) for row in rows])
-        prompts, metadata = _columns(rows)
-        return self.policy.encode({"images": images / 2 + 0.5, "prompts": prompts, "metadata": metadata})
+        return torch.cat([self.policy.encode_images(image / 2 + 0.5) for image in images.split(1)])
 
     def trial(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The first prompts, with noise for latents."""
@@ -497,8 +508,11 @@ class PromptConditions(ConditionSource):
         if self._rows is None:
             assert self._stream is not None
             return [self._row(row) for row in self._stream.take(count)]
-        indices = torch.randint(len(self._rows), (count,), generator=generator).tolist()
-        return [self._row(self._rows[index]) for index in indices]
+        return [self._row(self._rows[index]) for index in self._indices(count, generator)]
+
+    def _indices(self, count: int, generator: torch.Generator) -> list[int]:
+        assert self._rows is not None
+        return torch.randint(len(self._rows), (count,), generator=generator).tolist()
 
     def _row(self, row: Any) -> dict[str, Any]:
         return {**_row(row), **self._added}

@@ -140,9 +140,9 @@ def test_the_summary_is_of_gains_over_the_base() -> None:
 
 
 def test_what_a_level_costs_is_read_from_smoothed_curves() -> None:
-    """Leaving one out goes from 0.6 to the mean of 0.4, 0.3 and 0.2, and is half of the way there, at 0.4, with its
-    fourth batch, averaged over 0.5, 0.4 and 0.3. Shared credit, half as quick, ends at the mean of 0.55, 0.5 and
-    0.45."""
+    """Leaving one out goes from 0.6 to the mean of 0.4, 0.3 and 0.2, and is half of the way
+    there, at 0.4, with its fourth batch, averaged over 0.5, 0.4 and 0.3. Shared credit, half as quick, ends at the mean
+    of 0.55, 0.5 and 0.45."""
     curve = [{"images": i, "loss": value} for i, value in enumerate((0.6, 0.5, 0.4, 0.3))]
     means = [point["loss"] for point in smoothed(curve, "loss")]
     assert means == pytest.approx([0.6, 0.55, 0.5, 0.4])
