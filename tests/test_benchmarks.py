@@ -47,7 +47,8 @@ def test_the_alignment_benchmark_writes_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_benchmarks_are_listed() -> None:
-    shown = subprocess.run([sys.executable, "scripts/benchmark.py", "--help"], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "scripts/benchmark.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert "evaluations to 90 % of the best gain" in " ".join(shown.stdout.decode().split())
 
 
