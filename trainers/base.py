@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,11 @@ from dmc_hub.trainers.loop import (
     stop_signals,
 )
 
+_SHARDING = ("FSDP", "DEEPSPEED")
+"""What `accelerate launch` turns on by ACCELERATE_USE_*; sampling calls the network whole, outside its wrapper."""
+
+_NO_SHARDING = "`fsdp` and `deepspeed` are not supported: start several processes instead."
+
 
 class NonFiniteLossError(FloatingPointError):
     """The loss or the gradient is NaN or infinite; raised before the optimizer steps, on all processes."""
@@ -78,6 +84,8 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         without_output = self.output_dir is None
+        launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in _SHARDING)
+        self._check(not launched, _NO_SHARDING)
         super().__post_init__()
         if without_output:
             self.output_dir = None
@@ -99,8 +107,7 @@ class DiffusionConfig(TrainingArguments):
             "`activation_checkpointing_kwargs` must be empty, got {}: there is one way to recompute.",
             self.activation_checkpointing_kwargs,
         )
-        sharded = bool(self.fsdp or self.deepspeed)
-        self._check(not sharded, "`fsdp` and `deepspeed` are not supported: start several processes instead.")
+        self._check(not (self.fsdp or self.deepspeed), _NO_SHARDING)
 
     @staticmethod
     def _check(valid: bool, message: str, *values: object) -> None:
