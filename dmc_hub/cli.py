@@ -112,6 +112,18 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "dmc-hub train-cascade --task nav1d-full --pipeline runs/nav1d-full/pipeline --output-dir runs/cascade",
         ),
     },
+    "Text to image": {
+        "images train-nft": Command(
+            "dmc_hub.image_commands:train_nft",
+            "NFT on a Stable Diffusion, SDXL or SD3 pipeline, for rewards of your own",
+            "dmc-hub images train-nft --model base --prompts all.txt --rewards mine.py:bright --output-dir runs/nft",
+        ),
+        "images train-ddpo": Command(
+            "dmc_hub.image_commands:train_ddpo",
+            "policy gradients over the denoising steps of such a pipeline",
+            "dmc-hub images train-ddpo --model base --prompts all.txt --rewards mine.py:bright --output-dir runs/dd",
+        ),
+    },
     "Data": {
         "data info": Command(
             "dmc_hub.data_commands:data_info",

@@ -53,6 +53,11 @@ from dmc_hub.trainers.loop import (
     stop_signals,
 )
 
+_SHARDING = ("FSDP", "DEEPSPEED")
+"""What `accelerate launch` turns on by ACCELERATE_USE_*; sampling calls the network whole, outside its wrapper."""
+
+_NO_SHARDING = "`fsdp` and `deepspeed` are not supported: start several processes instead."
+
 
 class NonFiniteLossError(CollapseError):
     """The loss or the gradient was NaN or infinite in several steps in a row; raised on all processes."""
@@ -101,6 +106,8 @@ class DiffusionConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         without_output = self.output_dir is None
+        launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in _SHARDING)
+        self._check(not launched, _NO_SHARDING)
         if self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             join_processes_on_cpu(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
@@ -127,8 +134,7 @@ class DiffusionConfig(TrainingArguments):
             "`activation_checkpointing_kwargs` must be empty, got {}: there is one way to recompute.",
             self.activation_checkpointing_kwargs,
         )
-        sharded = bool(self.fsdp or self.deepspeed)
-        self._check(not sharded, "`fsdp` and `deepspeed` are not supported: start several processes instead.")
+        self._check(not (self.fsdp or self.deepspeed), _NO_SHARDING)
 
     @staticmethod
     def _check(valid: bool, message: str, *values: object) -> None:

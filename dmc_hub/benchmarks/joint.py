@@ -141,7 +141,7 @@ class JointMiniature:
         folder.mkdir(parents=True, exist_ok=True)
         data = digit_pictures(self.seed)
         train, held_out = data.part(slice(0, 1200)), data.part(slice(1200, None))
-        pipeline, reader, judge = self._foundation(train, folder / "base.safetensors")
+        pipeline, reader, judge = self._foundation(train, folder / "foundation.safetensors")
         cost: dict[str, Any] = {}
         if name != "base":
             recording, started = Recording(pipeline.unet, reader), time.process_time()
