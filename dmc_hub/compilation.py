@@ -71,6 +71,7 @@ class CompiledNetwork:
         if self._packed is not None:
             return sample, self.network.time_shifts(timestep, sample)
         if isinstance(self.network, DiffusionTransformer1D):
+            self.network.position_embedding(sample.shape[1], sample)  # kept before the graph looks it up
             return sample, self.network.modulations(timestep, condition, sample)
         each = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
         return (sample, each) if condition is None else (sample, each, condition)
@@ -90,26 +91,29 @@ class _Packed(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    source_weight: Tensor
+    source_bias: Tensor
 
     def __init__(self, network: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.name, self.dtype = name, dtype
-        self.source = [tensor.detach().clone() for tensor in _weights(network.get_submodule(name))]
-        weight, bias = self.pack(*self.source)
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        weight, bias = (tensor.detach().clone() for tensor in _weights(network.get_submodule(name)))
+        self.register_buffer("source_weight", weight, persistent=False)
+        self.register_buffer("source_bias", bias, persistent=False)
+        for kind, packed in zip(("weight", "bias"), self.pack(weight, bias), strict=True):
+            self.register_buffer(kind, packed, persistent=False)
 
     def pack(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clone(), bias.clone()
 
     def follow(self, network: nn.Module) -> None:
-        current = _weights(network.get_submodule(self.name))
-        if all(torch.equal(new, old) for new, old in zip(current, self.source, strict=True)):
+        weight, bias = _weights(network.get_submodule(self.name))
+        if _are_equal(weight, self.source_weight) and _are_equal(bias, self.source_bias):
             return
-        for old, new in zip(self.source, current, strict=True):
-            old.copy_(new)
-        for kept, new in zip((self.weight, self.bias), self.pack(*self.source), strict=True):
-            kept.copy_(new)
+        self.source_weight.copy_(weight)
+        self.source_bias.copy_(bias)
+        for kept, packed in zip((self.weight, self.bias), self.pack(self.source_weight, self.source_bias), strict=True):
+            kept.copy_(packed)
 
 
 class _Conv(_Packed):
@@ -224,6 +228,7 @@ class ChannelsLastUnet(nn.Module):
         """Take over what has changed; False if an adapter cannot be added to the weights."""
         if any(_is_dora(module) for module in network.modules()):
             return False
+        self.to(device_of(network))
         for part in self.modules():
             if isinstance(part, _Packed):
                 part.follow(network)
@@ -279,6 +284,10 @@ def _mish(x: Tensor) -> Tensor:
 
 def _base(layer: nn.Module) -> Any:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _are_equal(some: Tensor, other: Tensor) -> bool:
+    return some.dtype == other.dtype and torch.equal(some, other)
 
 
 def _is_dora(module: nn.Module) -> bool:

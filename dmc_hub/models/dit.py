@@ -231,7 +231,8 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _modulations(self, embedding: Tensor) -> list[Tensor]:
         return [part.modulation(embedding) for part in (*self.blocks, self)]
 
-    def _position_embedding(self, num_steps: int, like: Tensor) -> Tensor:
+    def position_embedding(self, num_steps: int, like: Tensor) -> Tensor:
+        """Of the steps, `(num_steps, dim)`, computed once for each length."""
         key = (num_steps, like.dtype, like.device)
         if key not in self._positions:
             locate = EMBEDDINGS.get(self.config.position_embedding, sinusoidal_embedding)
@@ -260,7 +261,7 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def denoise(self, sample: Tensor, modulations: list[Tensor]) -> Tensor:
         """The network after `modulations`: `(batch, horizon, token_dim)`."""
-        positions = self._position_embedding(sample.shape[1], sample)
+        positions = self.position_embedding(sample.shape[1], sample)
         sample, draft = sample.split((self.config.token_dim, self.config.draft_dim), dim=-1)
         x = self.token_projection(sample.contiguous()) + positions
         if self.draft_projection is not None:
