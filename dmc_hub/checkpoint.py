@@ -392,7 +392,7 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` is missing: this checkpoint was saved without it.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` is not JSON: {error}") from error
 
 
@@ -436,6 +436,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """
     content = load_json(folder / "optimizer.json")
     tensors = load_tensors(folder / "optimizer.safetensors")
+    try:
+        _load_optimizer(optimizer, content, tensors, folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"`{folder / 'optimizer.json'}` is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, content: Any, tensors: Mapping[str, torch.Tensor], folder: Path
+) -> None:
     if content["class"] != type(optimizer).__name__:
         raise CheckpointError(
             f"`{folder}` holds the state of a {content['class']}, not of a {type(optimizer).__name__}: "
@@ -475,6 +486,15 @@ def save_rng_state(path: Path) -> None:
 def load_rng_state(path: Path) -> None:
     """Restore what `save_rng_state` wrote. Raises `CheckpointError` if the file is missing or incomplete."""
     tensors = load_tensors(path)
+    try:
+        _load_rng_state(path, tensors)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"`{path}` is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _load_rng_state(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with safe_open(path, framework="pt") as file:
         plain = json.loads((file.metadata() or {}).get("state", "{}"))
     missing = {"torch", "numpy", "python"} - tensors.keys() | {"numpy", "python"} - plain.keys()

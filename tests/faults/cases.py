@@ -33,7 +33,7 @@ class Case:
     run: Callable[[Path], Tally | None]
 
 
-def fork(work: Callable[[], None], log: Path) -> int:
+def fork(work: Callable[[], object], log: Path) -> int:
     """Run `work` in a child with its output in `log`; returns the child's process id. 0 is its exit code if it returns,
     1 if it raises."""
     sys.stdout.flush()

@@ -31,7 +31,10 @@ def _set(**settings: Any) -> Callable[[Path], None]:
 
 
 def _text(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return change
 
 
 def _weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -78,9 +81,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no index": (lambda folder: (folder / "model_index.json").unlink(), ("model_index.json",)),
     "an index of numbers": (_text("model_index.json", '{"_class_name": 3}'), ("_class_name is 3",)),
     "a schedule of text": (
-        lambda folder: (
-            (folder / "scheduler/scheduler_config.json").write_text('{"num_train_timesteps": "ten"}') and None
-        ),
+        _text("scheduler/scheduler_config.json", '{"num_train_timesteps": "ten"}'),
         ("scheduler_config.json", "'num_train_timesteps' must be int, got 'ten'"),
     ),
 }

@@ -80,7 +80,7 @@ def _train(run: Path | None, result: Path, marks: Path | None = None, **options:
     """Train and save at each step; `marks` gets a byte when a step is done, before its checkpoint is written."""
     trainer = make_trainer(run, **{**SAVING, **options})
     if marks is not None:
-        trainer.after_optimizer_step = partial(_mark, marks)
+        trainer.after_optimizer_step = partial(_mark, marks)  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint="auto")
     checkpoint.save_tensors(result, {**state_of(trainer), "running": trainer.running})
     return trainer

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmc_hub.data.readers.source import BLOCK_BYTES, MAX_CHUNK_BYTES, check_expansion, check_numeric
+from dmc_hub.errors import DmcHubError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -34,7 +35,12 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise ValueError(f"`{path}` is not a whole HDF5 file: {error}. Copy it again.") from error
     with file:
-        yield file
+        try:
+            yield file
+        except (RuntimeError, OSError, KeyError, TypeError, OverflowError) as error:  # what HDF5 makes of damaged bytes
+            if isinstance(error, DmcHubError):
+                raise
+            raise ValueError(f"`{path}` is damaged ({error}). Copy it again.") from error
 
 
 def is_hdf5(path: Path) -> bool:

@@ -93,7 +93,7 @@ class RelayKitchenSource(EpisodeSource):
             values = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise ValueError(f"`{self.path}` lacks {name!r}.") from None
-        except (ValueError, OSError, EOFError, SyntaxError) as error:
+        except Exception as error:  # numpy parses the header as Python, which fails in many ways
             raise ValueError(f"`{path}` is not a whole npy file of numbers: {error}. Copy it again.") from error
         check_numeric(str(self.path), name, values.dtype)
         if values.ndim < 2:

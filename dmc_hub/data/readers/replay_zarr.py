@@ -31,6 +31,7 @@ from dmc_hub.data.readers.source import (
     make_episode,
     make_rewards,
 )
+from dmc_hub.errors import DmcHubError
 
 _BLOSC_HEADER = struct.Struct("<4xI4xI")  # c-blosc's README_CHUNK_FORMAT: ..., nbytes, blocksize, cbytes
 _ENDS = "meta/episode_ends"
@@ -238,6 +239,10 @@ def _open_group(path: Path, prefix: str) -> Iterator[Any]:
     store: Any = LocalStore(path, read_only=True) if path.is_dir() else ZipStore(path, mode="r")
     try:
         yield zarr.open_group(store, path=prefix.rstrip("/"), mode="r", zarr_format=2)
+    except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError, AssertionError) as error:
+        if isinstance(error, DmcHubError):
+            raise
+        raise ValueError(f"`{path}` is damaged ({type(error).__name__}: {error}). Copy it again.") from error
     finally:
         store.close()
 
