@@ -12,9 +12,11 @@ import numpy as np
 
 from dmc_hub import checkpoint, plots
 from dmc_hub.cards import results_card
+from dmc_hub.foundations import shared_foundation
 from dmc_hub.presets import PRESETS, Preset
-from dmc_hub.recipes import OnlineSettings, RunSettings, align_task, finished_report, run_environment, shared_foundation
+from dmc_hub.recipes import align_task, finished_report
 from dmc_hub.report import learning_curve
+from dmc_hub.run_settings import OnlineSettings, RunSettings, run_environment
 
 MAX_PASSES = 10
 VARIANTS = (

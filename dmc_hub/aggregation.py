@@ -13,7 +13,7 @@ import numpy as np
 
 from dmc_hub import cards, checkpoint, plots
 from dmc_hub.evaluation import CONFIDENCE_LEVEL, NUM_RESAMPLES, interquartile_mean
-from dmc_hub.recipes import run_environment
+from dmc_hub.run_settings import run_environment
 
 SETTINGS = {
     "before": "before",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dmc_hub import ablation, reproduction
 from dmc_hub.collect import CollectionSettings
 from dmc_hub.presets import SAMPLERS, preset_of
-from dmc_hub.recipes import (
+from dmc_hub.run_settings import (
     EVALUATION_SEED,
     OnlineSettings,
     RunSettings,

@@ -38,8 +38,9 @@ from dmc_hub.errors import RunError
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
 from dmc_hub.publish import publish
-from dmc_hub.recipes import align_task, evaluate_on_task, save_videos
+from dmc_hub.recipes import align_task
 from dmc_hub.summary import summarize_runs
+from dmc_hub.task_evaluation import evaluate_on_task, save_videos
 from dmc_hub.tasks import Task, action_bounds, describe_task, get_task
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.cascade import CascadeConfig, CascadeTrainer

@@ -15,8 +15,10 @@ import numpy as np
 from dmc_hub import checkpoint, plots
 from dmc_hub.cards import results_card
 from dmc_hub.envs import NAV1D_ID, nav1d
+from dmc_hub.foundations import shared_foundation
 from dmc_hub.presets import PRESETS
-from dmc_hub.recipes import RunSettings, align_task, finished_report, run_environment, shared_foundation
+from dmc_hub.recipes import align_task, finished_report
+from dmc_hub.run_settings import RunSettings, run_environment
 
 DATASETS = ("partial", "full", "expert")
 PAPER_PLANNERS: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {

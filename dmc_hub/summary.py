@@ -12,8 +12,8 @@ import numpy as np
 
 from dmc_hub import cards, checkpoint, plots
 from dmc_hub.evaluation import return_statistics
-from dmc_hub.recipes import run_environment
 from dmc_hub.report import learning_curve
+from dmc_hub.run_settings import run_environment
 
 _SAME = (
     "task",

@@ -26,8 +26,8 @@ from dmc_hub.benchmarks.rollout import measure_rollouts
 from dmc_hub.benchmarks.table import write_table
 from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
+from dmc_hub.foundations import shared_foundation
 from dmc_hub.plots import plot_growth
-from dmc_hub.recipes import shared_foundation
 
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from dmc_hub import recipes
+from dmc_hub import task_evaluation
 from dmc_hub.cli import main
 from dmc_hub.data import Episodes, make_nav1d_dataset
 from dmc_hub.evaluation import Evaluation
@@ -23,9 +23,9 @@ from dmc_hub.models.critic import TwinQCritic
 from dmc_hub.models.dit import DiffusionTransformer1D
 from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.pipelines import DiffusionPolicyPipeline
-from dmc_hub.recipes import evaluate_on_task
 from dmc_hub.rollout import Rollouts, run_episodes
 from dmc_hub.scheduler import TransitionScheduler
+from dmc_hub.task_evaluation import evaluate_on_task
 from dmc_hub.tasks import get_task
 
 SECONDS = "wall_seconds"
@@ -93,7 +93,7 @@ def test_an_interrupted_evaluation_continues_and_a_repeated_one_runs_nothing(
     assert content(continued) == expected
     with pytest.raises(ValueError, match="found in a cache have no steps"):
         _ = continued.rollouts
-    monkeypatch.setattr(recipes, "make_vector_env", None)
+    monkeypatch.setattr(task_evaluation, "make_vector_env", None)
     assert content(measure(policy, tmp_path)) == expected
     assert content(measure(policy, tmp_path, num_episodes=8))["returns"] == expected["returns"][:8]
 

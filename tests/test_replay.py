@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dmc_hub import recipes
+from dmc_hub import task_evaluation
 from dmc_hub.cli import main
 from dmc_hub.data import Episodes, make_nav1d_dataset
 from dmc_hub.evaluation import Evaluation, summarize_records
 from dmc_hub.evaluation_cache import EpisodeRecord
 from dmc_hub.plots import plot_frames
 from dmc_hub.presets import preset_of
-from dmc_hub.recipes import _draw_episodes
 from dmc_hub.replay import Replay, best_median_worst, replay, save_video
 from dmc_hub.rollout import Rollouts, run_episodes
+from dmc_hub.task_evaluation import draw_episodes
 from dmc_hub.tasks import Task, get_task, make_vector_env
 
 
@@ -154,9 +154,9 @@ def evaluation(rollouts: Rollouts) -> Evaluation:
 def test_a_run_draws_its_episodes_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nav1d = get_task("nav1d-full")
     rollouts = play(nav1d, 4)
-    assert _draw_episodes(nav1d, evaluation(rollouts), tmp_path / "none.png") is None
+    assert draw_episodes(nav1d, evaluation(rollouts), tmp_path / "none.png") is None
     task = dataclasses.replace(nav1d, name="mine")
-    drawn = _draw_episodes(task, evaluation(rollouts), tmp_path / "episodes.png")
+    drawn = draw_episodes(task, evaluation(rollouts), tmp_path / "episodes.png")
     assert drawn is not None
     order = np.argsort(-rollouts.returns)
     assert [drawn[name]["seed"] for name in ("best", "median", "worst")] == order[[0, 2, 3]].tolist()
@@ -167,7 +167,7 @@ def test_a_run_draws_its_episodes_or_says_why_not(tmp_path: Path, capsys: pytest
 
     assert capsys.readouterr().err == ""
     lacking = dataclasses.replace(task, make_render_env=broken)
-    assert _draw_episodes(lacking, evaluation(rollouts), tmp_path / "none.png") is None
+    assert draw_episodes(lacking, evaluation(rollouts), tmp_path / "none.png") is None
     assert "episodes are not drawn: OSError: no library draws" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
 
@@ -186,7 +186,7 @@ def test_rows_of_different_lengths_fit_in_one_picture(tmp_path: Path) -> None:
 def test_the_command_films_what_it_has_run_and_what_it_has_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "VIDEO_FRAMES", 3)
+    monkeypatch.setattr(task_evaluation, "VIDEO_FRAMES", 3)
     episodes = Episodes.from_dataset(make_nav1d_dataset("full", num_episodes=20))
     preset_of(get_task("nav1d-full"), "policy", "ddpm").build_pipeline(episodes, 0).save_pretrained(tmp_path / "policy")
     command = ["evaluate", "--task", "nav1d-full", "--pipeline", str(tmp_path / "policy"), "--num-inference-steps", "2"]

@@ -19,7 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from dmc_hub.data import Episodes
 from dmc_hub.hub import load_pipeline
 from dmc_hub.presets import PRESETS, Preset
-from dmc_hub.recipes import VALIDATION_SEED, evaluate_on_task
+from dmc_hub.run_settings import VALIDATION_SEED
+from dmc_hub.task_evaluation import evaluate_on_task
 from dmc_hub.tasks import get_task
 from dmc_hub.trainers.alignment import METHODS
 

@@ -10,7 +10,7 @@ from typing import Any
 from dmc_hub import checkpoint, plots
 from dmc_hub.benchmarks.joint import MEASURES, JointMiniature
 from dmc_hub.cards import results_card
-from dmc_hub.recipes import run_environment
+from dmc_hub.run_settings import run_environment
 
 SINGLES = {measure: f"{reward} only" for reward, measure in MEASURES.items()}
 COLUMNS = {

@@ -15,7 +15,7 @@ import torch
 
 from dmc_hub import checkpoint
 from dmc_hub.hub import load_pipeline
-from dmc_hub.recipes import evaluate_on_task
+from dmc_hub.task_evaluation import evaluate_on_task
 from dmc_hub.tasks import get_task
 from tests.faults import kills
 from tests.trainers.test_two_processes import make_trainer
