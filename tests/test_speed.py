@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dmc_hub import compilation
 from dmc_hub.benchmarks.plan import SAMPLERS, PlannerSizes
 from dmc_hub.compilation import ChannelsLastUnet, CompilationWarning, CompiledNetwork
+from dmc_hub.models import dit, temporal_unet
 from dmc_hub.models.dit import DiffusionTransformer1D
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.pipelines import DiffusionPolicyPipeline
@@ -200,3 +202,9 @@ def test_the_command_lines_help_loads_nothing_heavy() -> None:
     loaded = modules_after(code)
     assert "dmc_hub.cli" in loaded
     assert [name for name in (*HEAVY, "torch") if name in loaded] == []
+
+
+def test_copies_of_one_class_are_the_same() -> None:
+    """Each file of a model travels to the Hub alone."""
+    for name in ("StepCache", "_are_equal"):
+        assert inspect.getsource(getattr(dit, name)) == inspect.getsource(getattr(temporal_unet, name))
