@@ -74,7 +74,8 @@ def adapter_files(folder: Path) -> Tally:
 
 def checkpoint_files(folder: Path) -> Tally:
     """A damaged newest checkpoint is skipped with a warning that names it; a damaged one that is asked for, refused."""
-    run, options = folder / "run", {"lora": True, "ema_decay": 0.9}
+    run = folder / "run"
+    options: dict[str, Any] = {"lora": True, "ema_decay": 0.9}
     make_trainer(run, callbacks=[StopAt(4)], **options).train()
     newest, tried = run / "checkpoint-4", 0
     trainer = make_trainer(run, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -71,10 +70,10 @@ def fuzz(path: Path, read: Callable[[], Any], count: int, head: int = 3000) -> T
     @given(st.integers(0, 2**63))
     def attempt(seed: int) -> None:
         path.write_bytes(damaged(content[:head], seed) + content[head:])
-        start = time.perf_counter()
+        start = time.process_time()
         with contextlib.suppress(DmcHubError, ValueError, FileNotFoundError, FloatingPointError):
             read()
-        slowest[0] = max(slowest[0], time.perf_counter() - start)
+        slowest[0] = max(slowest[0], time.process_time() - start)
         tried[0] += 1
 
     try:
@@ -83,7 +82,7 @@ def fuzz(path: Path, read: Callable[[], Any], count: int, head: int = 3000) -> T
         path.write_bytes(content)
     grown = peak_bytes() - before
     must(grown < 500 << 20, f"it took {grown >> 20} MiB")
-    must(slowest[0] < float(os.environ.get("FUZZ_SECONDS", SECONDS)), f"one took {slowest[0]:.1f} s")
+    must(slowest[0] < SECONDS, f"one took {slowest[0]:.1f} s")
     return Tally(tried[0], tried[0], f"slowest {slowest[0]:.3f} s, {grown >> 20} MiB")
 
 
