@@ -17,6 +17,7 @@ from dmc_hub import __version__, checkpoint
 from dmc_hub.arguments import AlignArguments
 from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
 from dmc_hub.benchmarks.data import measure_conversion, measure_windows
+from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.vision import frames_per_second
 from dmc_hub.recipes import shared_foundation
 
@@ -52,6 +53,11 @@ def vision(arguments: argparse.Namespace) -> dict[str, Any]:
     return frames_per_second(batch_size=arguments.batch_size, device=arguments.device, seed=arguments.seed)
 
 
+def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a joint reward by the number of rewards in it, beside those of the rewards alone."""
+    return {"rewards": [reward_cost(count, seed=arguments.seed) for count in arguments.counts]}
+
+
 def main() -> int:
     """Parse the arguments, run one benchmark, write or print its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,6 +76,9 @@ def main() -> int:
     command.set_defaults(run=vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")
+    command = benchmarks.add_parser("rewards", help=rewards.__doc__)
+    command.set_defaults(run=rewards)
+    command.add_argument("--counts", type=int, nargs="+", default=[1, 3, 6, 12])
     for each in benchmarks.choices.values():
         each.add_argument("--seed", type=int, default=0)
         each.add_argument("--output", help="JSON file; printed by default")
