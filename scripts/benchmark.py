@@ -22,6 +22,7 @@ from dmc_hub.benchmarks.data import measure_conversion, measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
 from dmc_hub.benchmarks.profile import profiled
+from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.rollout import measure_rollouts
 from dmc_hub.benchmarks.table import write_table
 from dmc_hub.benchmarks.train import measure_loops, measure_training
@@ -100,6 +101,11 @@ def vision(arguments: argparse.Namespace) -> dict[str, Any]:
     return frames_per_second(batch_size=arguments.batch_size, device=arguments.device, seed=arguments.seed)
 
 
+def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a joint reward by the number of rewards in it, beside those of the rewards alone."""
+    return {"rewards": [reward_cost(count, seed=arguments.seed) for count in arguments.counts]}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
@@ -131,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32])
     command.add_argument("--batch-size", type=int, default=256)
     command.add_argument("--gigabytes", type=float, default=2.0, help="size of the file to convert; 0: none")
+    command = add(rewards)
+    command.add_argument("--counts", type=int, nargs="+", default=[1, 3, 6, 12])
     command = add(vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")

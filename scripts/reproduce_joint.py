@@ -17,9 +17,10 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/joint"), help="gets digits-joint.{json,md,png}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a minute a seed, to see that all runs: no real result")
+    parser.add_argument("--ablate", action="store_true", help="also joint models with other normalisations and weights")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # networks this small are slower on more
-    settings = QUICK if arguments.quick else {}
+    settings = {**(QUICK if arguments.quick else {}), "ablate": arguments.ablate}
     print(as_table(reproduce_joint(arguments.output_dir, seeds=arguments.seeds, **settings)))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from dmc_hub.benchmarks import vision
 from dmc_hub.benchmarks.alignment import SETTINGS, ForwardCounter, forwards_to
+from dmc_hub.benchmarks.rewards import REPEATS, reward_cost
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,3 +85,14 @@ def test_frames_per_second_are_of_the_median_pass_after_the_first(monkeypatch: p
     assert len(result["frames_per_second"]) == 5
     assert set(result["frames_per_second"].values()) == {2.0}
     assert result["share_of_floor"] == {"forward": 1.0, "forward and backward": 1.0}
+
+
+def test_the_cost_of_rewards_is_of_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(
+        torch.nn.Sequential, "forward", lambda self, x: calls.append(len(x)) or torch.rand(len(x), 1, 1, 1)
+    )
+    found = reward_cost(3, seed=0)
+    assert found["count"] == 3
+    assert set(found["joint"]) == {"fixed", "min_norm"}
+    assert calls == [128] * (3 * REPEATS * 3)  # alone, and with each weighting

@@ -228,10 +228,11 @@ class DDPOTrainer(TruncatedTrainer):
         if not self.pipeline.samples_as_trained:
             log_probs = self._log_probs(sampled, condition)
         sampled["log_probs"] = torch.stack(log_probs)
+        sampled = self.kept({**sampled, **pack("condition", condition)})
 
         def complete() -> dict[str, Tensor]:
             advantages = self._advantages(self._bonus(rewards_to_come(), latents, condition))
-            return {**sampled, "advantages": advantages, **pack("condition", condition)}
+            return {**sampled, **self.kept({"advantages": advantages})}
 
         return complete
 

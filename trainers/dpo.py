@@ -148,7 +148,8 @@ class DiffusionDPOTrainer(CandidatesTrainer):
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size
-        rows = torch.randint(self.args.num_conditions, (size,), generator=generator).to(self.args.device)
+        rows = torch.randint(self.args.num_conditions, (size,), generator=generator)
+        rows = rows.to(next(iter(buffer.values())).device)
         return {
             **{name: value[rows] for name, value in buffer.items()},
             **self.noise_levels(size, generator),

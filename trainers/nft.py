@@ -125,7 +125,7 @@ class NFTTrainer(SamplingTrainer):
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         size, count = self.args.per_device_train_batch_size, len(buffer["samples"])
-        rows = torch.randint(count, (size,), generator=generator).to(self.args.device)
+        rows = torch.randint(count, (size,), generator=generator).to(buffer["samples"].device)
         return {
             **{name: value[rows] for name, value in buffer.items()},
             **self.noise_levels(size, generator),

@@ -38,6 +38,10 @@ class SamplingConfig(DiffusionConfig):
     pretraining_batch_size: int | None = field(
         default=None, metadata={"help": "Its batch per process and micro-step; the training batch size by default."}
     )
+    buffer_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep samples in the computer's memory; a micro-step moves its part to the accelerator."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +130,7 @@ class SamplingTrainer(DiffusionTrainer):
             was_training = self.model.training
             self.model.eval()  # dropout is no part of the controller that acts
             with torch.no_grad(), self._kept_if_rewards_fail():
-                self._buffer = self.collect(generator)
+                self._buffer = self.kept(self.collect(generator))
             self.model.train(was_training)
         return self.draw(self._buffer, position, self.generator("draw"))
 
@@ -167,7 +171,7 @@ class SamplingTrainer(DiffusionTrainer):
         for name, part in parts.items():
             part.load_state(unpack(name, state))
         buffer = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in parts}
-        self._buffer = {name: tensor.to(self.args.device) for name, tensor in buffer.items()}
+        self._buffer = self.kept({name: tensor.to(self.args.device) for name, tensor in buffer.items()})
 
     def _parts(self) -> dict[str, Any]:
         """What keeps a state of its own."""
@@ -209,6 +213,10 @@ class SamplingTrainer(DiffusionTrainer):
         return {**exact, **{name: getattr(self.args, name) for name in sorted(own)}}, others
 
     # What subclasses use
+
+    def kept(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Samples where the buffer is kept."""
+        return {n: tensor.cpu() for n, tensor in samples.items()} if self.args.buffer_on_cpu else samples
 
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` conditions drawn from the data."""

@@ -102,6 +102,8 @@ class JointMiniature:
     - `<reward> only` and `joint`: NFT, all rewards on every picture, each normalised by prompt and then summed, credit
       for parity by leaving one out, with the pretraining loss.
     - `joint, no pretraining loss`: the same without it.
+    - `joint, <normalisation>` and `joint, min_norm`, if asked for: the same with another normalisation, or weights that
+      follow the rewards' conflicts.
     - `parity, leave one out` and `parity, shared credit`: DDPO with the two credits, otherwise alike.
     - `brightness, paper's recipe`: DDPO as in arXiv:2401.12244: 50 steps, guidance in sampling and training, 5 random
       steps and one update for each batch, clip range 1e-4 on the mean log-probability.
@@ -115,6 +117,7 @@ class JointMiniature:
         credit_iterations: likewise of the two DDPO runs that compare credits.
         recipe_iterations: of the paper's recipe, of which each costs as much as five of the others.
         num_pictures: measured for each prompt, a multiple of 16.
+        ablate: whether the joint models with other normalisations and weights are wanted.
     """
 
     seed: int = 0
@@ -123,6 +126,7 @@ class JointMiniature:
     credit_iterations: int = 12
     recipe_iterations: int = 12
     num_pictures: int = 64
+    ablate: bool = False
 
     def run(self, name: str, folder: Path) -> dict[str, Any]:
         """Train and measure one model, or find what was measured before.
@@ -183,6 +187,10 @@ class JointMiniature:
         joint = partial(self._nft, rewards=functions, data=data, weights=JOINT_WEIGHTS)
         runs["joint"] = joint
         runs["joint, no pretraining loss"] = partial(joint, pretraining_coefficient=0.0)
+        if self.ablate:
+            for normalization in ("group", "running", "moving", "batch"):
+                runs[f"joint, {normalization}"] = partial(joint, normalization=normalization)
+            runs["joint, min_norm"] = partial(joint, weights=None, weighting="min_norm")
         runs["parity, leave one out"] = partial(self._ddpo, reward=functions["parity"], data=data)
         runs["parity, shared credit"] = partial(self._ddpo, reward=shared, data=data)
         runs["brightness, paper's recipe"] = partial(self._paper, reward=functions["brightness"], data=data)
@@ -197,6 +205,7 @@ class JointMiniature:
         data: DigitPictures,
         weights: Mapping[str, float] | None = None,
         pretraining_coefficient: float = PRETRAINING,
+        **options: Any,
     ) -> NFTTrainer:
         config = NFTConfig(
             **self._options(5 * self.iterations),
@@ -211,7 +220,7 @@ class JointMiniature:
         policy = TextToImagePolicy(
             pipeline, scheduler=transition_scheduler(pipeline.scheduler, eta=0.0), num_inference_steps=10
         )
-        reward = watch(JointReward(rewards, weights=weights))
+        reward = watch(JointReward(rewards, weights=weights, **options))
         return NFTTrainer(
             policy, config, train_dataset=TRAINED_PROMPTS, reward_function=reward, pretraining_dataset=data.rows()
         )

@@ -25,7 +25,7 @@ STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 SMOOTHED_OVER = 3
 
 
-def reproduce_joint(output_dir: Path, *, seeds: Sequence[int], **settings: int) -> dict[str, Any]:
+def reproduce_joint(output_dir: Path, *, seeds: Sequence[int], **settings: Any) -> dict[str, Any]:
     """Run the miniature with each seed and write digits-joint.{json,md,png}; models that are there are found again.
 
     Args:
@@ -37,7 +37,7 @@ def reproduce_joint(output_dir: Path, *, seeds: Sequence[int], **settings: int) 
         What digits-joint.json holds: see `summary`.
     """
     miniatures = {seed: JointMiniature(seed=seed, **settings) for seed in seeds}
-    folders = {seed: output_dir / "-".join(map(str, vars(each).values())) for seed, each in miniatures.items()}
+    folders = {seed: output_dir / _folder_name(each) for seed, each in miniatures.items()}
     runs: dict[int, dict[str, Any]] = {seed: {**vars(each), "models": {}} for seed, each in miniatures.items()}
     for name in ["base", *miniatures[seeds[0]].names]:
         for seed, miniature in miniatures.items():
@@ -47,6 +47,10 @@ def reproduce_joint(output_dir: Path, *, seeds: Sequence[int], **settings: int) 
     checkpoint.save_json(output_dir / "digits-joint.json", result)
     checkpoint.write_text(output_dir / "digits-joint.md", card(result, settings))
     return result
+
+
+def _folder_name(miniature: JointMiniature) -> str:
+    return "-".join(str(value) for name, value in vars(miniature).items() if name != "ablate")
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def draw(folder: Path, path: Path) -> None:
     )
 
 
-def card(result: Mapping[str, Any], settings: Mapping[str, int]) -> str:
+def card(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The model card of a result."""
     seeds = " ".join(map(str, result["seeds"]))
     return results_card(
@@ -165,7 +169,8 @@ def card(result: Mapping[str, Any], settings: Mapping[str, int]) -> str:
         f"brightness. Means over {len(result['seeds'])} seed(s), with Student's 95 % interval, on wordings of the "
         "prompts that alignment has not seen, by a classifier that no reward knows.",
         command=f"python scripts/reproduce_joint.py --output-dir runs/joint --seeds {seeds}"
-        + (" --quick" if settings else ""),
+        + (" --quick" if "base_steps" in settings else "")
+        + (" --ablate" if settings.get("ablate") else ""),
         table=as_table(result),
         notes=_notes(result),
         picture="digits-joint.png",

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models import ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dmc_hub.data import Episodes
@@ -548,3 +549,13 @@ def test_recomputed_activations_give_the_same_weights(
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DDPOConfig(**{**SMALL, **settings})
+
+
+@pytest.mark.parametrize(("asked", "device"), [(False, "cuda"), (True, "cpu")])
+def test_the_buffer_is_kept_in_the_memory_that_was_asked_for(
+    asked: bool, device: str, make_pipeline: MakePipeline, episodes: Episodes
+) -> None:
+    """With a tensor that only pretends to be on a GPU."""
+    trainer = make_trainer(make_pipeline("policy"), episodes, buffer_on_cpu=asked)
+    with FakeTensorMode():
+        assert trainer.kept({"latents": torch.empty(3, device="cuda")})["latents"].device.type == device
