@@ -36,7 +36,7 @@ test-lowest test-newest: test-%:
 	.venv-$*/bin/uv pip install --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) --upgrade --editable . \
 		"pytest>=8.2" "pytest-timeout>=2.3" "hypothesis>=6.100" "h5py>=3.11"
 	.venv-$*/bin/python -m pip list
-	.venv-$*/bin/python -m pytest $(REDUCED)
+	.venv-$*/bin/python -m pytest -o filterwarnings=default $(REDUCED)  # old libraries warn of newer ones
 
 clean:  ## remove the environment, builds and caches; runs/ is kept
 	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
