@@ -83,9 +83,12 @@ def test_frames_per_second_are_of_the_median_pass_after_the_first(monkeypatch: p
 
 def test_the_cost_of_rewards_is_of_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(
-        torch.nn.Sequential, "forward", lambda self, x: calls.append(len(x)) or torch.rand(len(x), 1, 1, 1)
-    )
+
+    def forward(network: Any, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        return torch.rand(len(images), 1, 1, 1)
+
+    monkeypatch.setattr(torch.nn.Sequential, "forward", forward)
     found = reward_cost(3, seed=0)
     assert found["count"] == 3
     assert set(found["joint"]) == {"fixed", "min_norm"}
