@@ -103,7 +103,11 @@ class JointReward:
         keys = [repr(pairs[i]) for i in rows]
         if not rows:
             return rows, keys, lambda: torch.zeros(0)
-        samples = images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows]
+        samples = (
+            images if len(rows) == len(images) else images[rows],
+            [prompts[i] for i in rows],
+            [metadata[i] for i in rows],
+        )
         return rows, keys, ask(self.rewards[name], *samples)
 
     def _answer(self, name: str, rows: list[int], keys: list[str], answer: Callable[[], Any], images: Tensor) -> Tensor:

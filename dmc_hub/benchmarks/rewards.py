@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +26,16 @@ def reward_cost(count: int, *, seed: int) -> dict[str, Any]:
     networks = [nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 1, 3)) for _ in range(count)]
     rewards = {str(index): _reward_of(network) for index, network in enumerate(networks)}
     images = torch.rand(NUM_IMAGES, 3, RESOLUTION, RESOLUTION)
-    metadata: list[dict[str, Any]] = [{} for _ in range(NUM_IMAGES)]
-    samples = images, [str(index % 8) for index in range(NUM_IMAGES)], metadata
-    joint = {
+    prompts = [str(index % 8) for index in range(NUM_IMAGES)]
+    metadata: list[dict[str, Any]] = [{} for _ in prompts]
+    joint: dict[str, Callable[..., Tensor]] = {
         "fixed": JointReward(rewards),
         "min_norm": JointReward(rewards, weighting="min_norm"),
     }
     return {
         "count": count,
-        "alone": _seconds(lambda: [reward(*samples) for reward in rewards.values()]),
-        "joint": {weighting: _seconds(functools.partial(reward, *samples)) for weighting, reward in joint.items()},
+        "alone": _seconds(lambda: [reward(images, prompts, metadata) for reward in rewards.values()]),
+        "joint": {name: _seconds(partial(reward, images, prompts, metadata)) for name, reward in joint.items()},
     }
 
 
