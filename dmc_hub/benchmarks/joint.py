@@ -39,7 +39,7 @@ from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 GROUP = 16
 BRIGHTEST = 0.175
 """Mean of the brightest pictures of the data: more earns nothing, or black on white would earn most."""
-JOINT_WEIGHTS = {"text": 2.0, "parity": 1.3, "brightness": 1.3}
+JOINT_WEIGHTS = {"text": 2.0, "parity": 1.0, "brightness": 1.5}
 PRETRAINING = 0.15
 """Weight of the pretraining loss."""
 REWARDS = ("text", "parity", "brightness")
@@ -122,7 +122,7 @@ class JointMiniature:
 
     seed: int = 0
     base_steps: int = 550
-    iterations: int = 30
+    iterations: int = 40
     credit_iterations: int = 12
     recipe_iterations: int = 12
     num_pictures: int = 64
