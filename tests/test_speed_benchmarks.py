@@ -95,16 +95,14 @@ def test_growth_and_its_plot(tmp_path: Path) -> None:
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_writes_what_it_measured_and_a_trace(tmp_path: Path) -> None:
-    output, trace = tmp_path / "rollout.json", tmp_path / "trace.json"
+def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
+    output = tmp_path / "rollout.json"
     command = [sys.executable, "scripts/benchmark.py", "rollout", "--num-envs", "1", "--num-workers", "1"]
-    options = ["--repeats", "1", "--threads", "1", "--output", str(output), "--profile", str(trace)]
+    options = ["--repeats", "1", "--threads", "1", "--output", str(output)]
     subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
     result = json.loads(output.read_text())
     assert {"benchmark", "command", "versions", "machine", "sizes", "environments"} <= result.keys()
     assert result["machine"]["threads"] == 1
-    assert len(result["most_expensive"]) == 10
-    assert any(event["name"].startswith("aten::") for event in json.loads(trace.read_text())["traceEvents"])
 
 
 def test_a_profile_ranks_by_time_of_their_own(tmp_path: Path) -> None:
@@ -116,6 +114,8 @@ def test_a_profile_ranks_by_time_of_their_own(tmp_path: Path) -> None:
     assert found[0]["calls"] == 5
     shares = [row["share"] for row in found]
     assert shares == sorted(shares, reverse=True)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event["name"] == "aten::mm" for event in events)
     with profiled(None) as nothing:
         pass
     assert nothing == []
