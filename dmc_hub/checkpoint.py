@@ -35,6 +35,7 @@ from dmc_hub.version import __version__
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
 
 _CHECKPOINT = re.compile(r"checkpoint-(?P<step>\d+)")
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>stage|old|trash)-(?P<host>.+)-(?P<pid>\d+)-(?P<salt>[0-9a-f]{8})")
@@ -218,6 +219,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     invalid."""
     path = Path(folder) / MANIFEST_NAME
     try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(
+                f"`{path}` has {path.stat().st_size} bytes, more than a manifest has: it is not read."
+            )
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` is missing: the folder is not a complete checkpoint. {_REMEDY}") from None
