@@ -70,10 +70,11 @@ def _write(output: Path, rows: list[dict[str, Any]], results: set[tuple[str, flo
     growth, files = last / first - 1, {row["files"] for row in used}
     is_flat = abs(growth) <= TOLERANCE and len(files) == 1 and len(results) == 1
     minutes = rows[-1]["seconds"] / 60
+    same = "the same result each time" if len(results) == 1 else f"{len(results)} different results"
     text = (
         f"Memory: {len(rows)} cycles of align, evaluate, save and load in one process in {minutes:.0f} minutes; "
         f"resident memory {growth:+.1%} from the first to the last quarter, open files {min(files)} to {max(files)}, "
-        f"{len(results)} different results."
+        f"{same}."
     )
     content: dict[str, Any] = checkpoint.load_json(output) if output.is_file() else {}
     content["memory"] = {"text": text, "growth": growth, "minutes": minutes, "cycles": len(rows), "ok": is_flat}
