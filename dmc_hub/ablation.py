@@ -181,6 +181,8 @@ def _final_stage(stages: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_scale: float, num_episodes: int) -> None:
     results = {"task": task, "training_scale": training_scale, "episodes": num_episodes, "rows": rows}
     checkpoint.write_text(output_dir / "nav1d-ablation.json", json.dumps(results, indent=2) + "\n")
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    choice = "" if variants == list(VARIANTS) else f" --variants {' '.join(variants)}"
     plots.plot_ablation(rows, output_dir / "nav1d-ablation.png")
     lines = [
         "| controller | variant | one candidate | gain | best of many | coherency | diversity | KL | steps |",
@@ -194,7 +196,7 @@ def _write(output_dir: Path, rows: list[dict[str, Any]], task: str, training_sca
         "stage of `joint` is as long as a pass of the sequence). ± is the standard deviation over episodes, mean over "
         "the training seeds.",
         "command": f"dmc-hub ablate-alignment --output-dir runs/nav1d-ablation --num-episodes {num_episodes}"
-        f"{'' if training_scale == 1 else ' --quick'}",
+        f"{choice}{'' if training_scale == 1 else ' --quick'}",
         "table": "\n".join(lines),
         "notes": [
             "`best of many`: 16 candidates of a planner, 8 of a policy, the best by the critic.",
