@@ -10,7 +10,7 @@ import signal
 
 EXIT_CODES = {
     0: "done",
-    1: "it failed while it ran: a collapse, a reward function or environment that gave up, a full disk, a mistake of ours",
+    1: "it failed while it ran: a collapse, a reward function, an environment, a full disk, a mistake of ours",
     2: "wrong input: an argument, a file, a repo or data that cannot be used; nothing was changed",
     130: "interrupted by Ctrl-C; a command that was training has written a checkpoint",
     143: "stopped by SIGTERM; likewise",
