@@ -114,8 +114,10 @@ def submit_reward(reward_function: RewardFunction, *samples: Any, timeout: float
         if not torch.isfinite(values).all():
             raise CollapseError(f"The controller generates NaN or infinite {name}: its weights have collapsed.")
     answer = ask(reward_function, *samples)
-    timeout = None if isinstance(reward_function, DeferredReward) else timeout  # which keeps a limit of its own
-    return lambda: on_all_processes(lambda: _checked(_answer(answer, timeout), tensors[-1]))
+    if isinstance(reward_function, DeferredReward):  # which keeps a time limit of its own
+        return lambda: on_all_processes(lambda: _checked(_answer(answer, None), tensors[-1]))
+    rewards = on_all_processes(lambda: _checked(_answer(answer, timeout), tensors[-1]))
+    return lambda: rewards
 
 
 def ask(reward_function: RewardFunction, *samples: Any) -> Callable[[], Any]:
