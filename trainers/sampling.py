@@ -160,7 +160,8 @@ class SamplingTrainer(DiffusionTrainer):
         folder = self._folder(self.state.global_step)
         if not folder.is_dir():
             self._save_checkpoint(self.model)
-        error.add_note(f"The run is kept in {folder}: go on with `resume_from_checkpoint=True`.")
+        note = f"The run is kept in {folder}: go on with `resume_from_checkpoint=True`."
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]  # `add_note`, which Python 3.10 has not
 
     def extra_state(self) -> dict[str, Tensor]:
         buffer = {name: tensor.contiguous() for name, tensor in self._buffer.items()}
