@@ -200,10 +200,9 @@ def data_validate(source: SourceArguments, arguments: ValidateArguments) -> None
     """Say everything that is wrong with data."""
     defects = missing_shards(Path(source.source)) if Path(source.source).is_dir() else []
     task = None if arguments.task is None else get_task(arguments.task)
-    if not defects and task is None:
-        defects = validate_dataset(source.open())
-    elif not defects and task is not None:
-        defects = validate_dataset(source.open(task.options_for(source.source)), action_bounds=action_bounds(task))
+    if not defects:
+        options, bounds = ({}, None) if task is None else (task.options_for(source.source), action_bounds(task))
+        defects = validate_dataset(source.open(options), action_bounds=bounds)
     print(f"{one_line(source.source)}: {len(defects) or 'no'} defects of {len(DEFECTS)} kinds")
     for defect in defects:
         print(f"  {one_line(str(defect))}")

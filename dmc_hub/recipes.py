@@ -79,7 +79,7 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
     if changed:
         _save_beside_adapter(pipeline, settings, output_dir)
     after = _evaluations(settings, task, pipeline, "after", output_dir)
-    acting = _best_acting(settings, task, pipeline, output_dir)
+    acting = _best_acting(settings, task, pipeline, aligner.best_return, output_dir)
     with checkpoint.write_folder_atomically(output_dir / "adapter", run_facts(settings)) as stage:
         pipeline.save_lora_weights(stage)
     fitted = preset.critic_config()
@@ -125,15 +125,7 @@ def _aligner(
     settings: RunSettings, task: Task, preset: Preset, pipeline: Any, episodes: Episodes, output_dir: Path
 ) -> SequentialAligner:
     def validate(controller: Any) -> dict[str, float]:
-        result = evaluate_on_task(
-            task,
-            controller,
-            settings.controller,
-            first_seed=VALIDATION_SEED,
-            num_episodes=settings.num_validation_episodes,
-            num_candidates=1,
-            action_selection="greedy",
-        )
+        result = _validated(settings, task, controller, "greedy", 1)
         measured = {"return_mean": result.statistics.mean, "return_std": result.statistics.std}
         if result.coherency is not None:
             measured["coherency"] = result.coherency
@@ -235,23 +227,34 @@ def _ways_to_act(settings: RunSettings) -> list[tuple[str, int]]:
     return [*ways, ("expectation", settings.num_candidates)] if settings.controller == "policy" else ways
 
 
-def _best_acting(settings: RunSettings, task: Task, pipeline: Any, output_dir: Path) -> dict[str, Any]:
+def _validated(
+    settings: RunSettings, task: Task, pipeline: Any, selection: str, candidates: int, cache_dir: Path | None = None
+) -> Evaluation:
+    return evaluate_on_task(
+        task,
+        pipeline,
+        settings.controller,
+        first_seed=VALIDATION_SEED,
+        num_episodes=settings.num_validation_episodes,
+        num_candidates=candidates,
+        action_selection=selection,
+        cache_dir=cache_dir,
+    )
+
+
+def _best_acting(
+    settings: RunSettings, task: Task, pipeline: Any, return_of_one: float, output_dir: Path
+) -> dict[str, Any]:
     """How the aligned controller acts best on validation episodes: a critic that it was aligned to may rank worse than
-    chance what it now prefers."""
+    chance what it now prefers. `return_of_one` is what alignment has validated with one candidate."""
     validated: list[dict[str, Any]] = []
     for selection, candidates in _ways_to_act(settings):
-        result = evaluate_on_task(
-            task,
-            pipeline,
-            settings.controller,
-            first_seed=VALIDATION_SEED,
-            num_episodes=settings.num_validation_episodes,
-            num_candidates=candidates,
-            action_selection=selection,
-            cache_dir=output_dir / "evaluations",
-        )
-        way = {"action_selection": selection, "num_candidates": candidates}
-        validated.append({**way, "return_mean": result.statistics.mean})
+        mean = return_of_one
+        if candidates > 1:
+            mean = _validated(
+                settings, task, pipeline, selection, candidates, output_dir / "evaluations"
+            ).statistics.mean
+        validated.append({"action_selection": selection, "num_candidates": candidates, "return_mean": mean})
     best = max(validated, key=lambda row: row["return_mean"])
     say(f"on validation episodes it acts best as {best['action_selection']} of {best['num_candidates']}")
     return {**best, "validated": validated}

@@ -241,6 +241,11 @@ class SequentialAligner:
         """The methods of all passes in order."""
         return self.config.methods * self.config.max_passes
 
+    @property
+    def best_return(self) -> float:
+        """Validated return of the best state so far, which `run` ends with."""
+        return self._best[0]
+
     def run(self) -> list[StageResult]:
         """Align, and return one result per stage, the foundation's first."""
         if not self.pipeline.lora_names:
