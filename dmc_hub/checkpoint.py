@@ -401,8 +401,10 @@ def load_json(path: Path) -> Any:
         raise CheckpointError(f"`{path}` is not JSON: {error}") from error
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, *, part: str = "") -> None:
     """Write an optimizer as `optimizer.safetensors` (every tensor) and `optimizer.json` (everything else).
+
+    Of a sharded one each process writes its own `part`, which stands before the dot.
 
     Raises:
         ValueError: if the state holds something that is neither a tensor nor a number, text, bool or None.
@@ -417,9 +419,9 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     for position, group in enumerate(state["param_groups"]):
         for name, value in group.items():
             _put(f"group/{position}/{name}", name, value, tensors, groups[position])
-    save_tensors(folder / "optimizer.safetensors", tensors)
+    save_tensors(folder / f"optimizer{part}.safetensors", tensors)
     save_json(
-        folder / "optimizer.json",
+        folder / f"optimizer{part}.json",
         {"class": type(optimizer).__name__, "state": scalars, "param_groups": groups},
     )
 
@@ -434,19 +436,22 @@ def _put(key: str, name: str, value: Any, tensors: dict[str, torch.Tensor], plai
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Restore, bit for bit, what `save_optimizer` wrote for an optimizer of the same class and parameters.
+    """Restore, bit for bit, what `save_optimizer` wrote, in one part or several, for an optimizer of the same class
+    and parameters.
 
     Raises:
         CheckpointError: if the files are missing or of another kind of optimizer or other parameters.
     """
-    content = load_json(folder / "optimizer.json")
-    tensors = load_tensors(folder / "optimizer.safetensors")
+    parts = sorted(folder.glob("optimizer*.json")) or [folder / "optimizer.json"]
+    contents = [load_json(path) for path in parts]
+    tensors = {key: value for path in parts for key, value in load_tensors(path.with_suffix(".safetensors")).items()}
     try:
-        _load_optimizer(optimizer, content, tensors, folder)
+        states = {key: value for content in contents for key, value in content["state"].items()}
+        _load_optimizer(optimizer, {**contents[0], "state": states}, tensors, folder)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"`{folder / 'optimizer.json'}` is damaged ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(f"`{parts[0]}` is damaged ({type(error).__name__}: {error}).") from error
 
 
 def _load_optimizer(

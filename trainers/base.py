@@ -52,11 +52,14 @@ from dmc_hub.trainers.loop import (
     leave_process_group_at_exit,
     stop_signals,
 )
+from dmc_hub.trainers.sharding import shard
 
 _SHARDING = ("FSDP", "DEEPSPEED")
 """What `accelerate launch` turns on by ACCELERATE_USE_*; sampling calls the network whole, outside its wrapper."""
 
-_NO_SHARDING = "`fsdp` and `deepspeed` are not supported: start several processes instead."
+_NO_SHARDING = (
+    "`fsdp` and `deepspeed` are not supported: start several processes, with `shard_optimizer` if memory is short."
+)
 
 
 class NonFiniteLossError(CollapseError):
@@ -95,6 +98,10 @@ class DiffusionConfig(TrainingArguments):
     )
     on_save_error: str = field(
         default="raise", metadata={"help": '"raise" or "warn" when a checkpoint cannot be written.'}
+    )
+    shard_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Each process keeps the optimizer's state of a part of the weights alone (ZeRO stage 1)."},
     )
     ddp_timeout: int = field(
         default=600, metadata={"help": "Seconds after which processes give up waiting for one that hangs."}
@@ -377,6 +384,16 @@ class DiffusionTrainer(Trainer, ABC):
         if len(set(digests)) > 1:
             raise RuntimeError(f"After step {self.state.global_step} the weights of the processes differ: {digests}.")
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        if self._is_sharded:
+            shard(optimizer)
+        return optimizer
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.args.shard_optimizer and self.args.world_size > 1
+
     def get_train_dataloader(self) -> MicroSteps:
         """The numbers of the remaining micro-steps; `_prepare_inputs` turns each into its batch."""
         return MicroSteps(self)
@@ -629,6 +646,7 @@ class DiffusionTrainer(Trainer, ABC):
         weights = self._trainable if adapter is not None else list(self.model.parameters())
         states = {} if self.optimizer is None else self.optimizer.state
         held = [value for entries in states.values() for value in entries.values()]
+        held *= self.args.world_size if self._is_sharded else 1
         averaged = [] if self._ema is None else self._ema.shadow_params
         tensors = [*weights, *held, *averaged, *self.extra_state().values()]
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor)]
@@ -670,10 +688,13 @@ class DiffusionTrainer(Trainer, ABC):
         if extra:
             checkpoint.save_tensors(stage / f"extra-{self.args.process_index}.safetensors", extra)
         checkpoint.save_rng_state(stage / f"rng-{self.args.process_index}.safetensors")
+        if self._is_sharded:
+            checkpoint.save_optimizer(self.optimizer.optimizer, stage, part=f"-{self.args.process_index}")
 
     def _write_shared_files(self, stage: Path) -> None:
         self._save(str(stage))
-        checkpoint.save_optimizer(self.optimizer.optimizer, stage)
+        if not self._is_sharded:
+            checkpoint.save_optimizer(self.optimizer.optimizer, stage)
         checkpoint.save_json(stage / "scheduler.json", self.lr_scheduler.state_dict())
         if self.accelerator.scaler is not None:
             checkpoint.save_json(stage / "scaler.json", self.accelerator.scaler.state_dict())

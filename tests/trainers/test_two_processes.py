@@ -225,14 +225,52 @@ def test_two_processes_reach_what_one_does_with_the_same_global_batch(
     assert torch.allclose(first["losses"], one["losses"], rtol=1e-4, atol=1e-6), (first["losses"], one["losses"])
 
 
+def test_a_sharded_optimizer_leads_to_the_same_bits(ranks: list[dict[str, Tensor]]) -> None:
+    """Also if a sharded run goes on whole, and the other way round; each process holds about half of the state."""
+    for tensors in ranks:
+        whole = {key: value for key, value in tensors.items() if key.startswith("whole/weights/")}
+        assert whole
+        for name in ("sharded", "sharded from whole", "whole from sharded"):
+            for key, value in whole.items():
+                assert torch.equal(tensors[key.replace("whole", name, 1)], value), (name, key)
+    held = [int(tensors["sharded/held"]) for tensors in ranks]
+    total = int(ranks[0]["whole/held"])
+    assert sum(held) == total
+    assert max(held) < 0.75 * total
+    assert [int(tensors["sharded from whole/held"]) for tensors in ranks] == held
+
+
 def _distance(left: dict[str, Tensor], right: dict[str, Tensor], keys: Iterable[str]) -> float:
     """The Euclidean one, of all weights."""
     return torch.cat([(left[key] - right[key]).flatten() for key in keys]).norm().item()
 
 
+def shard(episodes: Episodes, folder: Path) -> dict[str, Tensor]:
+    """Runs by Adam with a whole and a sharded optimizer, and each from a checkpoint of the other."""
+    runs = {"whole": None, "sharded": None, "sharded from whole": "whole", "whole from sharded": "sharded"}
+    tensors: dict[str, Tensor] = {}
+    for name, source in runs.items():
+        trainer = make_trainer(
+            "denoising",
+            episodes,
+            optim="adamw_torch",
+            learning_rate=0.01,
+            max_steps=4,
+            save_steps=2,
+            save_strategy="steps",
+            output_dir=str(folder / name),
+            shard_optimizer=name.startswith("sharded"),
+        )
+        trainer.train(None if source is None else folder / source / "checkpoint-2")
+        tensors |= {f"{name}/weights/{key}": value for key, value in trainer.trainable_module().state_dict().items()}
+        states = trainer.optimizer.state.values()
+        tensors[f"{name}/held"] = torch.tensor(sum(state["exp_avg"].numel() for state in states))
+    return tensors
+
+
 def main(folder: Path) -> None:
     episodes = make_episodes()
-    tensors: dict[str, Tensor] = {}
+    tensors = shard(episodes, folder)
     for name in CASES:
         tensors |= {f"{name}/{key}": value for key, value in outcome(make_trainer(name, episodes)).items()}
     tensors["world_size"] = torch.tensor(torch.distributed.get_world_size())
