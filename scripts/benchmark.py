@@ -22,6 +22,7 @@ from dmc_hub.benchmarks.data import measure_conversion, measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
 from dmc_hub.benchmarks.profile import profiled
+from dmc_hub.benchmarks.prompts import stream_prompts
 from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.rollout import measure_rollouts
 from dmc_hub.benchmarks.table import write_table
@@ -106,6 +107,12 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rewards": [reward_cost(count, seed=arguments.seed) for count in arguments.counts]}
 
 
+def prompts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time to the first batch and memory while millions of prompts are streamed and encoded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return stream_prompts(Path(scratch), count=arguments.count, seed=arguments.seed)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
@@ -139,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gigabytes", type=float, default=2.0, help="size of the file to convert; 0: none")
     command = add(rewards)
     command.add_argument("--counts", type=int, nargs="+", default=[1, 3, 6, 12])
+    command = add(prompts)
+    command.add_argument("--count", type=int, default=2_000_000)
     command = add(vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")

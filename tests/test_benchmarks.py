@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dmc_hub.benchmarks import vision
+from dmc_hub.benchmarks import prompts, vision
 from dmc_hub.benchmarks.alignment import SETTINGS, ForwardCounter, forwards_to
 from dmc_hub.benchmarks.rewards import REPEATS, reward_cost
 
@@ -99,3 +99,19 @@ def test_the_cost_of_rewards_is_of_as_many_as_were_asked_for(monkeypatch: pytest
     assert found["count"] == 3
     assert set(found["joint"]) == {"fixed", "min_norm"}
     assert calls == [128] * (3 * REPEATS * 3)  # alone, and with each weighting
+
+
+def test_each_prompt_is_streamed_and_memory_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "BATCH", 16)
+    drawn: list[str] = []
+    encode = prompts.OneOfEach.prompt_condition
+
+    def noted(policy: Any, texts: list[str], *rest: Any) -> Any:
+        drawn.extend(texts)
+        return encode(policy, texts, *rest)
+
+    monkeypatch.setattr(prompts.OneOfEach, "prompt_condition", noted)
+    found = prompts.stream_prompts(tmp_path, count=160, seed=0)
+    assert len(drawn) == len(set(drawn)) == 160
+    assert len(found["memory"]) == 9
+    assert found["growth"] == pytest.approx(found["memory"][-1] / found["memory"][0] - 1)

@@ -9,16 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
-from torch.nn import functional as F
-
 from dmc_hub import checkpoint
 from dmc_hub.benchmarks.digits import (
     DIGITS,
     OPENINGS,
-    TONES,
     DigitClassifier,
     DigitPictures,
     digit_pictures,
@@ -30,65 +24,25 @@ from dmc_hub.benchmarks.digits import (
     train_base,
     train_classifier,
 )
-from dmc_hub.image_rewards import statistical_parity
+from dmc_hub.benchmarks.joint_measures import (
+    GROUP,
+    MEASURES,
+    DigitMeasures,
+    Recording,
+    Reward,
+    denoising_loss_on,
+    digit_parity,
+    digit_rewards,
+)
 from dmc_hub.joint_reward import JointReward
 from dmc_hub.text_to_image import TextToImagePolicy, transition_scheduler
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 
-GROUP = 16
-BRIGHTEST = 0.175
-"""Mean of the brightest pictures of the data: more earns nothing, or black on white would earn most."""
 JOINT_WEIGHTS = {"text": 2.0, "parity": 1.0, "brightness": 1.5}
 PRETRAINING = 0.15
 """Weight of the pretraining loss."""
-REWARDS = ("text", "parity", "brightness")
-MEASURES = {"text": "accuracy", "parity": "parity_distance", "brightness": "brightness"}
-HELD_OUT_OPENING = OPENINGS[-1]
 TRAINED_PROMPTS = [prompt_of(digit, opening=opening) for opening in OPENINGS[:-1] for digit in range(len(DIGITS))]
-
-Reward = Callable[..., Tensor]
-
-
-class Recording:
-    """Counts the network's evaluations of a run, and keeps what its batches of samples were worth.
-
-    Attributes:
-        curve: for each batch, `evaluations` of the network on one sample until it was complete, `images` until then,
-            and the batch's accuracy, parity distance and brightness by the classifier that rewards.
-    """
-
-    def __init__(self, network: torch.nn.Module, reader: DigitClassifier) -> None:
-        self.reader = reader
-        self.curve: list[dict[str, float]] = []
-        self.evaluations = 0
-        self._images = 0
-        self._hook = network.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, network: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.evaluations += len(arguments[0])
-
-    def watch(self, reward: Reward) -> Reward:
-        """The reward function, with its batches noted."""
-
-        def watched(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-            self._images += len(images)
-            digits, tones = self.reader(images)
-            measured = measures(images, digits, wanted_digits(prompts), tones)
-            means = {name: float(values.mean()) for name, values in measured.items()}
-            self.curve.append({"evaluations": self.evaluations, "images": self._images, **means})
-            return reward(images, prompts, metadata)
-
-        return watched
-
-    def start(self) -> None:
-        """Forget what was before training."""
-        self.curve.clear()
-        self.evaluations = self._images = 0
-
-    def stop(self) -> None:
-        """Take the counter off the network."""
-        self._hook.remove()
 
 
 @dataclass(frozen=True)
@@ -108,7 +62,8 @@ class JointMiniature:
     - `brightness, paper's recipe`: DDPO as in arXiv:2401.12244: 50 steps, guidance in sampling and training, 5 random
       steps and one update for each batch, clip range 1e-4 on the mean log-probability.
 
-    All train the whole U-Net. The settings were chosen with seed 100 on the wordings that alignment sees.
+    The models whose costs are compared are measured during training. All train the whole U-Net. The settings were
+    chosen with seed 100 on the wordings that alignment sees.
 
     Attributes:
         seed: of data, training and measurement.
@@ -136,8 +91,9 @@ class JointMiniature:
             folder: of this seed and these settings: keeps the base, which is trained first, the figures, and samples.
 
         Returns:
-            What `_measure` says, for all but the base with `seconds` of the processor, `evaluations` of the network on
-            one sample in training, and the `curve` of `Recording`.
+            What `DigitMeasures` says, `denoising_loss` on pictures that nothing was trained on, and for all but the
+            base `seconds` of the processor, `evaluations` of the network on one sample in training, and the `curve` of
+            `Recording`.
         """
         path = folder / f"{name}.json"
         if path.is_file():
@@ -146,18 +102,22 @@ class JointMiniature:
         data = digit_pictures(self.seed)
         train, held_out = data.part(slice(0, 1200)), data.part(slice(1200, None))
         pipeline, reader, judge = self._foundation(train, folder / "foundation.safetensors")
+        found = DigitMeasures(pipeline, judge, seed=self.seed)
         cost: dict[str, Any] = {}
         if name != "base":
-            recording, started = Recording(pipeline.unet, reader), time.process_time()
-            trainer = self._runs(reader, train)[name](pipeline, recording.watch)
-            recording.start()
+            run = self._runs(reader, train)[name]
+            measure = partial(found.of_rewards, 2 * GROUP if name.startswith("parity,") else GROUP)
+            recording = Recording(pipeline.unet, measure, every=_measured_every(name))
+            trainer, started = run(pipeline, recording.watch), time.process_time()
+            trainer.add_callback(recording)
             trainer.train()
-            recording.stop()
             cost = {"seconds": time.process_time() - started, "evaluations": recording.evaluations}
             cost["curve"] = recording.curve
-        figures = {**self._measure(pipeline, judge, held_out), **cost}
+        figures = {**found.of_rewards(self.num_pictures), **cost}
+        figures["tone_accuracy"] = found.of_tones(max(1, self.num_pictures // 16))
+        figures["denoising_loss"] = denoising_loss_on(found.policy, held_out)
         figures["judge_accuracy"] = float((judge(held_out.images)[0].argmax(1) == held_out.digits).float().mean())
-        checkpoint.save_tensors(folder / f"{name}.safetensors", {"images": self._samples(pipeline)})
+        checkpoint.save_tensors(folder / f"{name}.safetensors", {"images": found.samples()})
         checkpoint.save_json(path, figures)
         return figures
 
@@ -182,7 +142,7 @@ class JointMiniature:
         functions = digit_rewards(reader)
         shared = digit_parity(reader, credit="shared")
         runs: dict[str, Callable[[Any, Any], Any]] = {}
-        for name in REWARDS:
+        for name in MEASURES:
             runs[f"{name} only"] = partial(self._nft, rewards={name: functions[name]}, data=data)
         joint = partial(self._nft, rewards=functions, data=data, weights=JOINT_WEIGHTS)
         runs["joint"] = joint
@@ -270,45 +230,6 @@ class JointMiniature:
             "pretraining_batch_size": 32,
         }
 
-    @torch.no_grad()
-    def _measure(
-        self, pipeline: StableDiffusionPipeline, judge: DigitClassifier, held_out: DigitPictures
-    ) -> dict[str, float]:
-        """Accuracy of digits, parity_distance (mean L2 distance of 16 pictures' tones to uniform, about 0.2 for a
-        uniform model), brightness, the standard error of each (`<measure>_error`), tone_accuracy (where prompts name a
-        tone, which no reward knows) and denoising_loss (of pictures that nothing was trained on)."""
-        policy = TextToImagePolicy(
-            pipeline, scheduler=transition_scheduler(pipeline.scheduler, eta=0.0), num_inference_steps=10
-        )
-        plain = [prompt_of(digit, opening=HELD_OUT_OPENING) for digit in range(len(DIGITS))]
-        images, prompts = self._pictures(policy, plain, self.num_pictures)
-        digits, tones = judge(images)
-        figures: dict[str, float] = {}
-        for name, values in measures(images, digits, wanted_digits(prompts), tones).items():
-            figures[name] = float(values.mean())
-            figures[f"{name}_error"] = float(values.std() / len(values) ** 0.5)
-        named = [prompt_of(digit, tone, HELD_OUT_OPENING) for tone in TONES for digit in range(len(DIGITS))]
-        found = judge(self._pictures(policy, named, max(1, self.num_pictures // 16))[0])[1].argmax(1)
-        wanted = torch.arange(len(TONES)).repeat_interleave(len(found) // len(TONES))
-        figures["tone_accuracy"] = float((found == wanted).float().mean())
-        return {**figures, "denoising_loss": denoising_loss_on(policy, held_out)}
-
-    @torch.no_grad()
-    def _samples(self, pipeline: StableDiffusionPipeline, rows: int = 4) -> Tensor:
-        """Pictures of each digit, `(rows, 10, 8, 8, 3)`, from the same noise for all models."""
-        policy = TextToImagePolicy(
-            pipeline, scheduler=transition_scheduler(pipeline.scheduler, eta=0.0), num_inference_steps=10
-        )
-        prompts = [prompt_of(digit, opening=HELD_OUT_OPENING) for digit in range(len(DIGITS))]
-        images = self._pictures(policy, prompts, rows)[0]
-        return images.unflatten(0, (-1, rows)).transpose(0, 1).permute(0, 1, 3, 4, 2).contiguous()
-
-    def _pictures(self, policy: TextToImagePolicy, prompts: list[str], count: int) -> tuple[Tensor, list[str]]:
-        condition = policy.repeat(policy.prompt_condition(prompts), count)
-        generator = torch.Generator().manual_seed(self.seed)
-        images, repeated, _ = policy.decode(policy.sample(condition, generator=generator), condition)
-        return images, repeated
-
 
 _COMPARED_WITH_ALL: dict[str, Any] = {
     "group_size": GROUP,
@@ -318,47 +239,8 @@ _COMPARED_WITH_ALL: dict[str, Any] = {
 }
 
 
-def measures(images: Tensor, digits: Tensor, wanted: Tensor, tones: Tensor) -> dict[str, Tensor]:
-    """Accuracy and brightness of each picture, parity distance of each 16, by log-probabilities of digits and tones."""
-    histograms = F.one_hot(tones.argmax(1), len(TONES)).float().unflatten(0, (-1, min(GROUP, len(tones)))).mean(1)
-    return {
-        "accuracy": (digits.argmax(1) == wanted).float(),
-        "parity_distance": torch.linalg.vector_norm(histograms - 1 / len(TONES), dim=1),
-        "brightness": images.mean((1, 2, 3)).clamp(max=BRIGHTEST),
-    }
-
-
-def wanted_digits(prompts: list[str]) -> Tensor:
-    """The digit that each prompt ends with."""
-    return torch.tensor([DIGITS.index(prompt.split()[-1]) for prompt in prompts])
-
-
-@torch.no_grad()
-def denoising_loss_on(policy: TextToImagePolicy, data: DigitPictures) -> float:
-    """Mean squared error of the network's output on real pictures, with the same noise at every call."""
-    x0, condition = policy.encode_images(data.images), policy.prompt_condition(data.prompts)
-    generator = torch.Generator().manual_seed(0)
-    levels = policy.scheduler.sample_timesteps(len(x0), generator)
-    noise = torch.randn(x0.shape, generator=generator)
-    with policy.unguided():
-        output = policy.predict(policy.scheduler.add_noise(x0, noise, levels), levels, condition)
-    return float(F.mse_loss(output, policy.scheduler.training_target(x0, noise, levels)))
-
-
-def digit_rewards(reader: DigitClassifier) -> dict[str, Reward]:
-    """The rewards of `REWARDS` by a classifier."""
-
-    def text(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-        return reader(images)[0].gather(1, wanted_digits(prompts)[:, None])[:, 0].clamp(min=-5)
-
-    def brightness(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-        return images.mean((1, 2, 3)).clamp(max=BRIGHTEST)
-
-    return {"text": text, "parity": digit_parity(reader, credit="leave_one_out"), "brightness": brightness}
-
-
-def digit_parity(reader: DigitClassifier, *, credit: Any) -> Reward:
-    """Parity of the tones among the pictures of a prompt."""
-    return statistical_parity(
-        lambda images, *_: reader(images)[1].exp(), credit=credit, group_by=lambda prompt, metadata: prompt
-    )
+def _measured_every(name: str) -> int:
+    """Optimizer steps, which are one batch of samples or two; 0 for models that no race is about."""
+    if name.endswith("paper's recipe"):
+        return 1
+    return 5 if name.startswith("parity,") or name == "brightness only" else 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dmc_hub import checkpoint, plots
-from dmc_hub.benchmarks.joint import MEASURES, JointMiniature
+from dmc_hub.benchmarks.joint import JointMiniature
+from dmc_hub.benchmarks.joint_measures import MEASURES
 from dmc_hub.cards import results_card
 from dmc_hub.run_settings import run_environment
 
@@ -22,7 +24,8 @@ COLUMNS = {
 }
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """97.5 % quantile of Student's t with one degree of freedom less than there are seeds."""
-SMOOTHED_OVER = 3
+LEVELS = (0.5, 0.8)
+"""Shares of a gain that models race to."""
 
 
 def reproduce_joint(output_dir: Path, *, seeds: Sequence[int], **settings: Any) -> dict[str, Any]:
@@ -109,38 +112,35 @@ def _apart(runs: Sequence[Mapping[str, Any]], models: Mapping[str, Any], measure
     return {"over_seeds": over_seeds, "in_each_seed": [gap(run) > 0 for run in runs]}
 
 
-def race(runs: Sequence[Mapping[str, Any]], quick: str, slow: str, measure: str, cost: str) -> dict[str, Any]:
-    """What two runs cost until their samples are half of the way that the quicker one goes, by seed.
+def race(runs: Sequence[Mapping[str, Any]], quick: str, slow: str, measure: str, cost: str) -> list[dict[str, Any]]:
+    """What two runs cost until the model is some share of the way from the base to where the quicker one ends.
 
-    Figures are means over `SMOOTHED_OVER` batches. `ratio` is the slower one's cost over the quicker one's. Where it
-    never comes there, `reached` is false and the ratio is at least this: that of all it spent.
+    Read from the curves of models measured during training, between points on a straight line.
+
+    Returns:
+        For each of `LEVELS`: `level`; `by_seed`, each with the `target` and the `cost` of both by name; and `ratio`,
+        the slower one's cost over the quicker one's. Where it never comes there, `reached` is false and the ratio is
+        at least this: that of all it spent.
     """
     rows: list[dict[str, Any]] = []
-    for run in runs:
-        first, second = (smoothed(run["models"][name]["curve"], measure) for name in (quick, slow))
-        start, end = first[0][measure], first[-1][measure]
-        target = (start + end) / 2
-        spent, needed = cost_to(first, target, start > end, measure, cost), second[-1][cost]
-        reached = cost_to(second, target, start > end, measure, cost)
-        assert spent is not None
-        rows.append(
-            {
-                "start": {quick: start, slow: second[0][measure]},
-                "end": {quick: end, slow: second[-1][measure]},
-                "target": target,
-                cost: {quick: spent, slow: needed if reached is None else reached},
-                "reached": reached is not None,
-                "ratio": (needed if reached is None else reached) / spent,
-            }
-        )
-    return {"measure": measure, "cost": cost, "by_seed": rows, "ratio": _estimate([row["ratio"] for row in rows])}
+    for level in LEVELS:
+        by_seed = [
+            _race(run["models"][quick]["curve"], run["models"][slow]["curve"], level, measure, cost) for run in runs
+        ]
+        costs = [{**row, "cost": dict(zip((quick, slow), row["cost"], strict=True))} for row in by_seed]
+        rows.append({"level": level, "by_seed": costs, "ratio": _estimate([row["ratio"] for row in by_seed])})
+    return rows
 
 
-def smoothed(curve: Sequence[Mapping[str, float]], measure: str) -> list[dict[str, float]]:
-    """The curve with each value of a measure averaged with those of the batches before."""
-    values = [point[measure] for point in curve]
-    means = [statistics.fmean(values[max(0, i + 1 - SMOOTHED_OVER) : i + 1]) for i in range(len(values))]
-    return [{**point, measure: mean} for point, mean in zip(curve, means, strict=True)]
+def _race(
+    quick: Sequence[Mapping[str, float]], slow: Sequence[Mapping[str, float]], level: float, measure: str, cost: str
+) -> dict[str, Any]:
+    start, end = quick[0][measure], quick[-1][measure]
+    target = start + level * (end - start)
+    spent, reached = (cost_to(curve, target, start > end, measure, cost) for curve in (quick, slow))
+    assert spent is not None
+    needed = slow[-1][cost] if reached is None else reached
+    return {"target": target, "cost": (spent, needed), "reached": reached is not None, "ratio": needed / spent}
 
 
 def cost_to(
@@ -148,7 +148,13 @@ def cost_to(
 ) -> float | None:
     """What it took until the measure came to `target`, from above or below; None: it never did."""
     sign = -1 if is_falling else 1
-    return next((point[cost] for point in curve if sign * point[measure] >= sign * target), None)
+    for before, after in itertools.pairwise(curve):
+        gained, wanted = sign * (after[measure] - before[measure]), sign * (target - before[measure])
+        if wanted <= 0:
+            return before[cost]
+        if gained >= wanted:
+            return before[cost] + wanted / gained * (after[cost] - before[cost])
+    return None
 
 
 def draw(folder: Path, path: Path) -> None:
@@ -193,10 +199,10 @@ def as_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _entry(estimate: Mapping[str, Any]) -> str:
+def _entry(estimate: Mapping[str, Any], digits: int = 3) -> str:
     if estimate["low"] is None:
-        return f"{estimate['mean']:.3f}"
-    return f"{estimate['mean']:.3f} ± {estimate['high'] - estimate['mean']:.3f}"
+        return f"{estimate['mean']:.{digits}f}"
+    return f"{estimate['mean']:.{digits}f} ± {estimate['high'] - estimate['mean']:.{digits}f}"
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
@@ -208,16 +214,40 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         "Evaluations: of the network on one sample, in training; those of the gradient are not counted apart.",
         f"The denoising loss rises by {joint['denoising_loss']['mean'] - base:.3f} with the pretraining loss and by "
         f"{bare['denoising_loss']['mean'] - base:.3f} without.",
-        f"Images until half of the gain in parity: {_race_note(result['credit'])}",
-        f"Evaluations until half of the gain in brightness: {_race_note(result['efficiency'])}",
+        *_race_notes("Images", "parity", result["credit"]),
+        *_race_notes("Evaluations", "brightness", result["efficiency"]),
+        "These costs are of models measured during training as in the table: that of the paper's recipe without the "
+        "guidance that it samples with, too.",
+        _apart_note(result["apart"]),
         "Shares of the paper's joint model: 84, 66 and 77 % (its Table 5).",
     ]
 
 
-def _race_note(found: Mapping[str, Any]) -> str:
-    texts = []
-    for row in found["by_seed"]:
-        quick, slow = row[found["cost"]].values()
-        texts.append(f"{quick:.0f} and {'' if row['reached'] else 'more than '}{slow:.0f}")
-    names = " and ".join(found["by_seed"][0]["start"])
-    return f"{names} took {'; '.join(texts)} ({found['ratio']['mean']:.1f} times as many)."
+def _apart_note(apart: Mapping[str, Any]) -> str:
+    in_seeds = [f"{sum(found['in_each_seed'])} of {len(found['in_each_seed'])}" for found in apart.values()]
+    over = [COLUMNS[measure] for measure, found in apart.items() if found["over_seeds"]]
+    pairs = zip(apart, in_seeds, strict=True)
+    return (
+        "95 % intervals of the base and of the single model, over pictures, are apart in "
+        + ", ".join(f"{count} seeds for {COLUMNS[measure]}" for measure, count in pairs)
+        + f"; Student's over seeds for {', '.join(over) or 'none'}."
+    )
+
+
+def _race_notes(cost: str, reward: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes: list[str] = []
+    for row in found:
+        pairs = [_pair(each) for each in row["by_seed"]]
+        names = " and ".join(row["by_seed"][0]["cost"])
+        estimate = _entry(row["ratio"], digits=1)
+        at_least = "" if all(each["reached"] for each in row["by_seed"]) else "at least "
+        notes.append(
+            f"{cost} until {row['level']:.0%} of the gain in {reward}: {names} took {'; '.join(pairs)} "
+            f"({at_least}{estimate} times as many)."
+        )
+    return notes
+
+
+def _pair(row: Mapping[str, Any]) -> str:
+    quick, slow = row["cost"].values()
+    return f"{quick:,.0f} and {'' if row['reached'] else 'more than '}{slow:,.0f}"

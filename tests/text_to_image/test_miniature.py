@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from dmc_hub.benchmarks.digits import DIGITS, OPENINGS, TONES, digit_pictures, prompt_of, tiny_stable_diffusion
-from dmc_hub.benchmarks.joint import BRIGHTEST, HELD_OUT_OPENING, TRAINED_PROMPTS, Recording, digit_rewards, measures
-from dmc_hub.benchmarks.joint_report import as_table, card, cost_to, smoothed, summary
+from dmc_hub.benchmarks.joint import TRAINED_PROMPTS
+from dmc_hub.benchmarks.joint_measures import BRIGHTEST, HELD_OUT_OPENING, Recording, digit_rewards, measures
+from dmc_hub.benchmarks.joint_report import as_table, card, cost_to, summary
 
 
 def test_every_word_is_one_token() -> None:
@@ -71,25 +73,33 @@ def test_measures_are_of_pictures_and_of_sixteen_of_them() -> None:
     assert found["brightness"].tolist() == pytest.approx([0.1] * 32)
 
 
-def test_a_recording_counts_evaluations_and_images() -> None:
-    class Reader(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.zeros(len(images), 10), torch.zeros(len(images), 4)
-
+def test_a_recording_counts_and_measures_between_steps() -> None:
     network = torch.nn.Linear(2, 2)
-    recording = Recording(network, Reader())  # type: ignore[arg-type]
+    was_training: list[bool] = []
+
+    def measure() -> dict[str, float]:
+        was_training.append(network.training)
+        network(torch.zeros(100, 2))
+        return {"loss": float(len(was_training))}
+
+    recording = Recording(network, measure, every=2)
     reward = recording.watch(lambda images, *_: images.mean((1, 2, 3)))
-    images = torch.full((16, 3, 8, 8), 0.1)
-    network(torch.zeros(7, 2))
-    recording.start()
-    for _ in range(2):
+    images, state, control = torch.full((16, 3, 8, 8), 0.1), TrainerState(), TrainerControl()
+    reward(images, ["zero"] * 16, [{}] * 16)  # the call that tries the reward function
+    recording.on_train_begin(None, state, control)
+    for state.global_step in (1, 2, 3):
         network(torch.zeros(5, 2))
         assert reward(images, ["zero"] * 16, [{}] * 16).tolist() == pytest.approx([0.1] * 16)
-    recording.stop()
+        recording.on_step_end(None, state, control)
+    recording.on_train_end(None, state, control)
     network(torch.zeros(9, 2))
-    assert [(point["evaluations"], point["images"]) for point in recording.curve] == [(5, 16), (10, 32)]
-    assert recording.curve[0]["accuracy"] == 1  # the digit that the prompt ends with
-    assert recording.evaluations == 10
+    assert recording.curve == [
+        {"evaluations": 0, "images": 0, "loss": 1.0},
+        {"evaluations": 10, "images": 32, "loss": 2.0},
+    ]
+    assert (recording.evaluations, recording.images) == (15, 48)
+    assert was_training == [False, False]
+    assert network.training
 
 
 def run_of(seed: int, shift: float) -> dict[str, Any]:
@@ -98,8 +108,13 @@ def run_of(seed: int, shift: float) -> dict[str, Any]:
     def model(accuracy: float, parity: float, brightness: float, slope: float = 0.1) -> dict[str, Any]:
         measured = {"accuracy": accuracy + shift, "parity_distance": parity, "brightness": brightness}
         curve = [
-            {"evaluations": 10 * i, "images": i, "parity_distance": 0.7 - slope * i, "brightness": 0.1 + slope * i}
-            for i in range(1, 6)
+            {
+                "evaluations": 10 * i,
+                "images": i,
+                "parity_distance": 0.7 - slope * i,
+                "brightness": 0.1 + slope * i,
+            }
+            for i in range(6)
         ]
         rest = {
             "judge_accuracy": 0.9,
@@ -139,19 +154,19 @@ def test_the_summary_is_of_gains_over_the_base() -> None:
     assert "--seeds 0 1 2\n" in card(result, {})
 
 
-def test_what_a_level_costs_is_read_from_smoothed_curves() -> None:
-    """Leaving one out goes from 0.6 to the mean of 0.4, 0.3 and 0.2, and is half of the way
-    there, at 0.4, with its fourth batch, averaged over 0.5, 0.4 and 0.3. Shared credit, half as quick, ends at the mean
-    of 0.55, 0.5 and 0.45."""
+def test_what_a_level_costs_is_read_from_the_curves() -> None:
+    """Leaving one out falls from 0.7 to 0.2 in five steps, and is half of the way there after two and a half. Shared
+    credit, half as quick, ends at 0.45: exactly there, and never at 80 %."""
     curve = [{"images": i, "loss": value} for i, value in enumerate((0.6, 0.5, 0.4, 0.3))]
-    means = [point["loss"] for point in smoothed(curve, "loss")]
-    assert means == pytest.approx([0.6, 0.55, 0.5, 0.4])
-    assert cost_to(curve, 0.5, True, "loss", "images") == 1
+    assert cost_to(curve, 0.5, True, "loss", "images") == pytest.approx(1)
+    assert cost_to(curve, 0.45, True, "loss", "images") == pytest.approx(1.5)
     assert cost_to(curve, 0.2, True, "loss", "images") is None
     assert cost_to(curve, 0.55, False, "loss", "images") == 0
-    found = summary([run_of(0, 0.0)])["credit"]
-    [row] = found["by_seed"]
-    assert row["target"] == pytest.approx((0.6 + 0.3) / 2)
-    assert row["images"] == {"parity, leave one out": 4, "parity, shared credit": 5}
-    assert not row["reached"]
-    assert found["ratio"]["mean"] == pytest.approx(5 / 4)
+    half, most = summary([run_of(0, 0.0)])["credit"]
+    [row] = half["by_seed"]
+    assert row["target"] == pytest.approx(0.45)
+    assert row["cost"] == pytest.approx({"parity, leave one out": 2.5, "parity, shared credit": 5})
+    assert row["reached"]
+    assert half["ratio"]["mean"] == pytest.approx(2)
+    assert not most["by_seed"][0]["reached"]
+    assert most["ratio"]["mean"] == pytest.approx(5 / 4)
