@@ -525,7 +525,7 @@ def _json_ready(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _json_ready(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value, key=str)
     if isinstance(value, (list, tuple)):
         return [_json_ready(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
