@@ -219,7 +219,8 @@ def verifying(folder: str | os.PathLike[str], wanted: Callable[[str], bool] | No
     folder = Path(folder)
     manifest = read_manifest(folder)
     records = {name: record for name, record in manifest.files.items() if wanted is None or wanted(name)}
-    weights, others = [], []
+    weights: list[str] = []
+    others: list[str] = []
     for name, record in records.items():
         _check_size(folder / name, record)
         (weights if name.endswith(".safetensors") else others).append(name)
