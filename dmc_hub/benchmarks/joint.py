@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -141,7 +141,7 @@ class JointMiniature:
         """
         path = folder / f"{name}.json"
         if path.is_file():
-            return checkpoint.load_json(path)
+            return cast(dict[str, Any], checkpoint.load_json(path))
         folder.mkdir(parents=True, exist_ok=True)
         data = digit_pictures(self.seed)
         train, held_out = data.part(slice(0, 1200)), data.part(slice(1200, None))
@@ -301,7 +301,7 @@ class JointMiniature:
         )
         prompts = [prompt_of(digit, opening=HELD_OUT_OPENING) for digit in range(len(DIGITS))]
         images = self._pictures(policy, prompts, rows)[0]
-        return images.unflatten(0, (-1, rows)).transpose(0, 1).permute(0, 1, 3, 4, 2).contiguous()
+        return cast(Tensor, images.unflatten(0, (-1, rows)).transpose(0, 1).permute(0, 1, 3, 4, 2).contiguous())
 
     def _pictures(self, policy: TextToImagePolicy, prompts: list[str], count: int) -> tuple[Tensor, list[str]]:
         condition = policy.repeat(policy.prompt_condition(prompts), count)
@@ -349,7 +349,7 @@ def digit_rewards(reader: DigitClassifier) -> dict[str, Reward]:
     """The rewards of `REWARDS` by a classifier."""
 
     def text(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-        return reader(images)[0].gather(1, wanted_digits(prompts)[:, None])[:, 0].clamp(min=-5)
+        return cast(Tensor, reader(images)[0].gather(1, wanted_digits(prompts)[:, None])[:, 0].clamp(min=-5))
 
     def brightness(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
         return images.mean((1, 2, 3)).clamp(max=BRIGHTEST)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -148,7 +148,7 @@ class ReplayZarrSource(EpisodeSource):
                 f"`{self.path}`: {key!r} must hold pixels, whole numbers in 0..255; got {values.dtype} "
                 f"in {values.min()}..{values.max()}."
             )
-        return rounded.astype(np.uint8)
+        return cast(np.ndarray, rounded.astype(np.uint8))
 
     def _episode_ends(self, group: Any, num_steps: int) -> list[int]:
         ends = self._read(group, _ENDS, 0, group[_ENDS].shape[0])
@@ -162,7 +162,7 @@ class ReplayZarrSource(EpisodeSource):
             )
         if ends[-1] != num_steps:
             raise ValueError(f"`{self.path}`: {_ENDS!r} ends at {ends[-1]}, but the actions have {num_steps} rows.")
-        return ends.tolist()
+        return cast(list[int], ends.tolist())
 
     def _read(self, group: Any, key: str, start: int, end: int) -> np.ndarray:
         try:
@@ -293,4 +293,4 @@ def _metadata(files: _Files, key: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _row_bytes(array: Any) -> int:
-    return math.prod(array.shape[1:]) * array.dtype.itemsize
+    return int(math.prod(array.shape[1:]) * array.dtype.itemsize)
