@@ -484,7 +484,10 @@ class SequentialAligner:
 
     def _conditions(self) -> dict[str, Tensor]:
         """The same in every validation."""
-        return self.pipeline.observation_condition(self._observations.to(self.pipeline.denoiser.device))
+        tensors: dict[str, Tensor] = self.pipeline.observation_condition(
+            self._observations.to(self.pipeline.denoiser.device)
+        )
+        return tensors
 
     @cached_property
     def _observations(self) -> Tensor:

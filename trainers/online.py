@@ -233,7 +233,8 @@ class OnlineCollector:
             weights = checkpoint.load_tensors(folder / "critic.safetensors")
             checkpoint.check_same_tensors(folder, weights, critic.state_dict())
             critic.load_state_dict(weights)
-            return checkpoint.load_json(folder / "training.json")
+            result: dict[str, Any] = checkpoint.load_json(folder / "training.json")
+            return result
         start = time.perf_counter()
         settings: dict[str, Any] = {"seed": hash_seed("critic", self.seed, stage) % 2**31, "output_dir": None}
         config = dataclasses.replace(self.critic_config, save_strategy="no", **settings)
