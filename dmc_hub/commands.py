@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dmc_hub import ablation, cards, checkpoint, portable, reproduction, transfer
 from dmc_hub.aggregation import aggregate_summaries
@@ -409,7 +409,7 @@ def _prepare(result: Path, config: Any) -> str | bool | None:
             "with `resume_from_checkpoint`."
         )
     result.parent.mkdir(parents=True, exist_ok=True)
-    return resume
+    return cast("str | bool | None", resume)
 
 
 def _facts(task: str, trainer: DiffusionTrainer) -> dict[str, Any]:

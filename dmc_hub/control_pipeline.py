@@ -6,7 +6,7 @@ import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -273,9 +273,9 @@ class UpsamplerPolicy(AdaptableController):
     ) -> Tensor:
         """The up-sampler's output; see the pipeline."""
         assert "draft" in condition, "`complete_condition` was forgotten"
-        return self.pipeline.predict(sample, timestep, condition, denoiser)
+        return cast(Tensor, self.pipeline.predict(sample, timestep, condition, denoiser))
 
     def sample(self, condition: dict[str, Tensor], **options: Any) -> Tensor:
         """Samples of the up-sampler; see the pipeline."""
         assert "draft" in condition, "`complete_condition` was forgotten"
-        return self.pipeline.sample(condition, **options)
+        return cast(Tensor, self.pipeline.sample(condition, **options))
