@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -432,7 +432,7 @@ class AdaptableController:
 
     def _weights_before_fusing(self) -> dict[str, Tensor]:
         """By their names in the denoiser's state; empty while nothing is fused."""
-        return vars(self.denoiser).get("_weights_before_fusing", {})
+        return cast(dict[str, Tensor], vars(self.denoiser).get("_weights_before_fusing", {}))
 
     def _refuse_while_fused(self, what: str) -> None:
         if self._weights_before_fusing():
@@ -453,7 +453,7 @@ class AdaptableController:
 def _trained_scaling(layer: Any, name: str) -> float:
     """`alpha / r` of an adapter in a layer, or rsLoRA's `alpha / sqrt(r)`."""
     rank = layer.r[name]
-    return layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name, False) else rank)
+    return float(layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name, False) else rank))
 
 
 def _merge(layer: Any, names: Sequence[str], lora_scale: float) -> None:
@@ -525,7 +525,7 @@ def _json_ready(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _json_ready(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value, key=str)
     if isinstance(value, (list, tuple)):
         return [_json_ready(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

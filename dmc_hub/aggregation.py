@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -41,12 +41,12 @@ class TaskResults:
 
 def mean_score(scores: np.ndarray) -> np.ndarray:
     """Mean over tasks and runs of scores `(..., num_runs, num_tasks)`."""
-    return scores.mean(axis=(-2, -1))
+    return cast(np.ndarray, scores.mean(axis=(-2, -1)))
 
 
 def median_score(scores: np.ndarray) -> np.ndarray:
     """Median over tasks of the mean over runs of scores `(..., num_runs, num_tasks)`."""
-    return np.median(scores.mean(axis=-2), axis=-1)
+    return cast(np.ndarray, np.median(scores.mean(axis=-2), axis=-1))
 
 
 def iqm_score(scores: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def iqm_score(scores: np.ndarray) -> np.ndarray:
 
 def optimality_gap(scores: np.ndarray, gamma: float = 1.0) -> np.ndarray:
     """How far runs stay below `gamma` on average, those above it counting as 0; scores `(..., num_runs, num_tasks)`."""
-    return gamma - np.minimum(scores, gamma).mean(axis=(-2, -1))
+    return cast(np.ndarray, gamma - np.minimum(scores, gamma).mean(axis=(-2, -1)))
 
 
 def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -67,12 +67,12 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarr
         theirs: likewise, the number of runs may differ.
     """
     first, second = ours[..., :, None, :], theirs[..., None, :, :]
-    return ((first > second) + 0.5 * (first == second)).mean(axis=(-3, -2, -1))
+    return cast(np.ndarray, ((first > second) + 0.5 * (first == second)).mean(axis=(-3, -2, -1)))
 
 
 def relative_gain(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Mean over tasks of `ours / theirs - 1`, of the means over runs of returns `(..., num_runs, num_tasks)`."""
-    return (ours.mean(axis=-2) / theirs.mean(axis=-2) - 1.0).mean(axis=-1)
+    return cast(np.ndarray, (ours.mean(axis=-2) / theirs.mean(axis=-2) - 1.0).mean(axis=-1))
 
 
 def share_of_std(means: np.ndarray, squares: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def share_of_std(means: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """
     mean = means.mean(axis=-2)
     variance = np.maximum(squares.mean(axis=-2) - mean**2, 0.0)
-    return (np.sqrt(variance) / mean).mean(axis=-1)
+    return cast(np.ndarray, (np.sqrt(variance) / mean).mean(axis=-1))
 
 
 AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -230,7 +230,7 @@ def _read(path: Path) -> dict[str, Any]:
     missing = [name for name in wanted if name not in summary] if isinstance(summary, dict) else list(wanted)
     if missing:
         raise ValueError(f"`{path}` is not a summary of runs, it lacks {missing}: write one by `dmc-hub summarize`.")
-    return summary
+    return cast(dict[str, Any], summary)
 
 
 def _results(path: Path, summary: Mapping[str, Any]) -> TaskResults:

@@ -113,6 +113,10 @@ class AlignArguments(TaskArguments):
     online_worker_timeout: float = field(
         default=60.0, metadata={"help": "Seconds for a step, after which a worker is restarted."}
     )
+    on_save_error: Literal["raise", "warn"] = field(
+        default="raise",
+        metadata={"help": "What to do when a checkpoint or a stage cannot be written: end, or go on without."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data, networks and training."})
     push_to_hub: str | None = field(
         default=None,

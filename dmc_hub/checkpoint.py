@@ -19,7 +19,8 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -196,19 +197,56 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         CheckpointError: naming the first file that is missing, truncated or changed.
     """
+    with verifying(folder) as manifest:
+        return manifest
+
+
+@contextmanager
+def verifying(folder: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Iterator[Manifest]:
+    """Compare the files of `folder` with the manifest while the block loads them.
+
+    All sizes, and all files but weights, are compared before the block begins: code and configurations are never used
+    unseen. Weights are compared on another thread meanwhile, and the block ends when they have been. An error in the
+    block gives way to that of a file that is not what it was: it is why.
+
+    Args:
+        folder: with a manifest.
+        wanted: which of its files to compare, by name; all by default.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, truncated or changed.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"`{path}` is missing. {_REMEDY}")
-        size = path.stat().st_size
-        if size != expected.size:
-            what = "truncated" if size < expected.size else "longer than it was written"
-            raise CheckpointError(f"`{path}` is {what}: {size} bytes instead of {expected.size}. {_REMEDY}")
-        if record_of(path) != expected:
-            raise CheckpointError(f"`{path}` was changed: its sha256 is not the one in the manifest. {_REMEDY}")
-    return manifest
+    records = {name: record for name, record in manifest.files.items() if wanted is None or wanted(name)}
+    weights: list[str] = []
+    others: list[str] = []
+    for name, record in records.items():
+        _check_size(folder / name, record)
+        (weights if name.endswith(".safetensors") else others).append(name)
+    with ThreadPoolExecutor(1, thread_name_prefix="verifying") as pool:
+        comparisons = [pool.submit(_check_content, folder / name, records[name]) for name in weights]
+        try:
+            for name in others:
+                _check_content(folder / name, records[name])
+            yield manifest
+        finally:
+            for comparison in comparisons:
+                comparison.result()
+
+
+def _check_size(path: Path, expected: FileRecord) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"`{path}` is missing. {_REMEDY}")
+    size = path.stat().st_size
+    if size != expected.size:
+        what = "truncated" if size < expected.size else "longer than it was written"
+        raise CheckpointError(f"`{path}` is {what}: {size} bytes instead of {expected.size}. {_REMEDY}")
+
+
+def _check_content(path: Path, expected: FileRecord) -> None:
+    if record_of(path) != expected:
+        raise CheckpointError(f"`{path}` was changed: its sha256 is not the one in the manifest. {_REMEDY}")
 
 
 _REMEDY = "Use another checkpoint, or copy this one again from where it came from."
@@ -317,12 +355,12 @@ def remove_folder(folder: Path) -> None:
 
 def record_of(path: Path) -> FileRecord:
     """Size and sha256 of a file, read block by block."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        block = memoryview(bytearray(min(max(path.stat().st_size, 1), 1 << 20)))
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
     return FileRecord(size, digest.hexdigest())
 
 

@@ -19,7 +19,7 @@ from datetime import date
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dmc_hub
 from dmc_hub.errors import EXIT_CODES, DmcHubError
@@ -50,7 +50,7 @@ class Command:
     def function(self) -> Callable[..., None]:
         """Import the command's function."""
         module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return cast(Callable[..., None], getattr(importlib.import_module(module), name))
 
     def parameter_types(self) -> list[type]:
         """The dataclasses that the function takes, in order."""
@@ -385,7 +385,7 @@ def _options_parser(
 def _config_path(argv: Sequence[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, nargs="?")
-    return parser.parse_known_args(argv)[0].config
+    return cast("Path | None", parser.parse_known_args(argv)[0].config)
 
 
 @dataclass(frozen=True)

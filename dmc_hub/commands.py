@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dmc_hub import ablation, cards, checkpoint, portable, reproduction, transfer
 from dmc_hub.aggregation import aggregate_summaries
@@ -60,7 +60,12 @@ def align(arguments: AlignArguments) -> None:
     if arguments.push_to_hub is not None:
         for repo_id in (arguments.push_to_hub, f"{arguments.push_to_hub}-lora"):
             transfer.check_access(repo_id)
-    report = align_task(settings, Path(arguments.output_dir), command=_command(arguments))
+    report = align_task(
+        settings,
+        Path(arguments.output_dir),
+        command=_command(arguments),
+        on_save_error=arguments.on_save_error,
+    )
     print(
         f"{report['task']} {report['controller']}: return {report['return_before']:.2f} ± {report['std_before']:.2f} → "
         f"{report['return_after']:.2f} ± {report['std_after']:.2f}; see {Path(arguments.output_dir) / 'report.md'}"
@@ -226,7 +231,7 @@ def aggregate(arguments: AggregateArguments) -> None:
 def _command(arguments: AlignArguments) -> str:
     """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
     options = {**vars(arguments), "output_dir": f"runs/{get_task(arguments.task).name}-{arguments.controller}"}
-    options |= {"push_to_hub": None, "private": None}
+    options |= {"push_to_hub": None, "private": None, "on_save_error": "raise"}
     for name in ("foundation", "task"):
         if options[name] is not None and Path(options[name]).is_absolute():
             options[name] = Path(options[name]).name
@@ -404,7 +409,7 @@ def _prepare(result: Path, config: Any) -> str | bool | None:
             "with `resume_from_checkpoint`."
         )
     result.parent.mkdir(parents=True, exist_ok=True)
-    return resume
+    return cast("str | bool | None", resume)
 
 
 def _facts(task: str, trainer: DiffusionTrainer) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class CompiledNetwork:
         if self._packed is not None:
             return self._packed
         if isinstance(self.network, DiffusionTransformer1D):
-            return self.network.denoise
+            result: Callable[..., Tensor] = self.network.denoise
+            return result
         return lambda *inputs: self.network(*inputs, return_dict=False)[0]
 
     @contextmanager
@@ -65,7 +66,8 @@ class CompiledNetwork:
                     return (self._graph(*self._inputs(sample, timestep, condition)).clone(),)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self._fail(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        return self.network(sample, timestep, condition, return_dict=False)
+        result: tuple[Tensor] = self.network(sample, timestep, condition, return_dict=False)
+        return result
 
     def _inputs(self, sample: Tensor, timestep: Tensor | float, condition: Tensor | None) -> tuple[Any, ...]:
         if self._packed is not None:
@@ -152,7 +154,8 @@ class _Double(_Conv):
         return super().pack(torch.cat([even, odd]), bias.repeat(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(-1, (2, -1)).flatten(1, 2)
+        result: Tensor = super().forward(x).unflatten(-1, (2, -1)).flatten(1, 2)
+        return result
 
 
 class _NormAndMish(_Packed):
@@ -185,7 +188,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         hidden = self.norm_in(self.conv_in(x)) + shift.mT
-        return self.norm_out(self.conv_out(hidden)) + self.residual(x)
+        result: Tensor = self.norm_out(self.conv_out(hidden)) + self.residual(x)
+        return result
 
 
 class _Level(nn.Module):
@@ -247,7 +251,8 @@ class ChannelsLastUnet(nn.Module):
         x, _ = self.middle(x, next(remaining))
         for level in self.up:
             x, _ = level(torch.cat([x, skips.pop()], dim=-1), next(remaining))
-        return self.head_out(self.head_norm(self.head_in(x)))
+        result: Tensor = self.head_out(self.head_norm(self.head_in(x)))
+        return result
 
 
 def warn_of_fallback(what: str, reason: str) -> None:

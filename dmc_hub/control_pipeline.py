@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -51,8 +53,9 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
     ) -> Any:
         """Load a pipeline from a folder or the Hub; it computes bit for bit what the saved one did.
 
-        Where there is a manifest, every file is compared with it before anything is loaded; a repo must have one. No
-        code of the repo runs: names of its code files stand for the installed modules.
+        Where there is a manifest, every file is compared with it: code and configurations before they are used, weights
+        while they load (`checkpoint.verifying`). A repo must have one, and a copy on this machine that differs from it
+        is downloaded once more. No code of the repo runs: names of its code files stand for the installed modules.
 
         Args:
             pretrained_model_name_or_path: folder, or repo on the Hub.
@@ -71,37 +74,58 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
             HubError: the repo cannot be read.
             ValueError: it holds another pipeline, one that this version cannot read, or files that were changed.
         """
-        source, repo = Path(pretrained_model_name_or_path), None
-        if source.is_dir():
-            manifest = checkpoint.verify(source) if verify and (source / checkpoint.MANIFEST_NAME).is_file() else None
-        else:
-            repo = transfer.fetch(
-                transfer.repo_id_of(pretrained_model_name_or_path),
-                wanted=lambda name: portable.is_needed(name, variant, code=trust_remote_code),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                verify=verify,
-            )
-            source, manifest = repo.folder, repo.manifest if verify else None
-        names = [base.__name__ for base in cls.__mro__]
-        index = portable.check_loadable(source, names, trust_remote_code=trust_remote_code)
-        if manifest is not None:
-            portable.check_nothing_added(source, manifest.files)
+        load = partial(cls._load, pretrained_model_name_or_path, variant, trust_remote_code, kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            return load(folder, None, verify=verify and (folder / checkpoint.MANIFEST_NAME).is_file())
+        fetch = partial(
+            transfer.fetch,
+            transfer.repo_id_of(pretrained_model_name_or_path),
+            wanted=lambda name: portable.is_needed(name, variant, code=trust_remote_code),
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        repo = fetch(revision=revision, force_download=force_download, verify=False)
         try:
-            pipeline = super().from_pretrained(
-                source, variant=variant, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
+            return load(repo.folder, repo, verify=verify)
+        except checkpoint.CheckpointError:  # a copy on this machine may be damaged: it is downloaded once more
+            repo = fetch(revision=repo.revision, verify=True)
+            return load(repo.folder, repo, verify=True)
+
+    @classmethod
+    def _load(
+        cls,
+        name: str | os.PathLike[str],
+        variant: str | None,
+        trust_remote_code: bool,
+        options: dict[str, Any],
+        folder: Path,
+        repo: transfer.Snapshot | None,
+        *,
+        verify: bool,
+    ) -> Any:
+        """Load from a folder, of a repo if one is given, whose files are meanwhile compared with its manifest."""
+        needed = partial(portable.is_needed, variant=variant, code=trust_remote_code) if repo else None
+        with checkpoint.verifying(folder, needed) if verify else nullcontext() as manifest:
+            index = portable.check_loadable(
+                folder, [base.__name__ for base in cls.__mro__], trust_remote_code=trust_remote_code
             )
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError) as error:
-            raise portable.UnreadableRepoError(
-                f"`{pretrained_model_name_or_path}` does not load: {type(error).__name__}: {error}"
-            ) from error
-        portable.check_weights(source, {n: c for n, c in pipeline.components.items() if n not in kwargs}, variant)
+            if manifest is not None:
+                portable.check_nothing_added(folder, manifest.files)
+            try:
+                pipeline = super().from_pretrained(
+                    folder, variant=variant, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+                )
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError) as error:
+                raise portable.UnreadableRepoError(
+                    f"`{name}` does not load: {type(error).__name__}: {error}"
+                ) from error
+            components = {name: component for name, component in pipeline.components.items() if name not in options}
+            portable.check_weights(folder, components, variant)
         pipeline.register_to_config(_task=portable.task_of(index))
         if repo is not None:
-            pipeline._comes_from(str(pretrained_model_name_or_path), repo.revision)
+            pipeline._comes_from(str(name), repo.revision)
         return pipeline
 
     @classmethod
@@ -249,9 +273,9 @@ class UpsamplerPolicy(AdaptableController):
     ) -> Tensor:
         """The up-sampler's output; see the pipeline."""
         assert "draft" in condition, "`complete_condition` was forgotten"
-        return self.pipeline.predict(sample, timestep, condition, denoiser)
+        return cast(Tensor, self.pipeline.predict(sample, timestep, condition, denoiser))
 
     def sample(self, condition: dict[str, Tensor], **options: Any) -> Tensor:
         """Samples of the up-sampler; see the pipeline."""
         assert "draft" in condition, "`complete_condition` was forgotten"
-        return self.pipeline.sample(condition, **options)
+        return cast(Tensor, self.pipeline.sample(condition, **options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -136,11 +136,11 @@ def _value(pipeline: Any, observations: torch.Tensor) -> np.ndarray:
 
 
 def _observations(pipeline: Any, observations: torch.Tensor) -> torch.Tensor:
-    return pipeline.normalizer.normalize_observations(observations.to(pipeline.critic.device))
+    return cast(torch.Tensor, pipeline.normalizer.normalize_observations(observations.to(pipeline.critic.device)))
 
 
 def _actions(pipeline: Any, actions: torch.Tensor) -> torch.Tensor:
-    return pipeline.normalizer.normalize_actions(actions.to(pipeline.critic.device))
+    return cast(torch.Tensor, pipeline.normalizer.normalize_actions(actions.to(pipeline.critic.device)))
 
 
 def _array(values: torch.Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ def return_statistics(
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     """Mean of the middle half of the values along `axis`."""
-    return trim_mean(values, 0.25, axis=axis)
+    return cast(np.ndarray, trim_mean(values, 0.25, axis=axis))
 
 
 def _confidence_interval(
@@ -208,7 +208,7 @@ def planner_coherency_scores(
     observations, actions = np.split(trajectories, [observation_dim], axis=-1)
     expected = dynamics(observations, actions)
     gap = observations[..., 1:, : expected.shape[-1]] - expected
-    return np.exp(-0.5 * np.square(gap / tolerance).sum(axis=-1))
+    return cast(np.ndarray, np.exp(-0.5 * np.square(gap / tolerance).sum(axis=-1)))
 
 
 def planner_coherency(
@@ -286,7 +286,8 @@ def _mean_that_counts(scores: np.ndarray) -> float:
 
 def candidate_diversity_scores(candidates: np.ndarray) -> np.ndarray:
     """Standard deviation over candidates `(B, C, ...)`, averaged over dimensions: one number per state."""
-    return np.asarray(candidates, dtype=np.float64).std(axis=1).reshape(len(candidates), -1).mean(axis=1)
+    result: np.ndarray = np.asarray(candidates, dtype=np.float64).std(axis=1).reshape(len(candidates), -1).mean(axis=1)
+    return result
 
 
 def candidate_diversity(candidates: np.ndarray) -> float:
@@ -481,7 +482,7 @@ class _Watched:
         self._diversity.append(candidate_diversity_scores(output.candidates))
         if self.coherency is not None:
             self._coherency.append(np.asarray(self.coherency(observations, output), dtype=np.float64))
-        return output.action
+        return cast(np.ndarray, output.action)
 
     def records(
         self, rollouts: Rollouts, successes: np.ndarray | None, scores: np.ndarray | None

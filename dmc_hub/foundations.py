@@ -35,6 +35,7 @@ def train_foundation(
     *,
     critic: nn.Module | None = None,
     denoiser: nn.Module | None = None,
+    on_save_error: str = "raise",
 ) -> tuple[Any, Episodes]:
     """Train the preset's pipeline: denoiser, inverse dynamics where it has them, critic.
 
@@ -43,22 +44,24 @@ def train_foundation(
         episodes: the data.
         folder: for the checkpoints of what is not finished; training goes on from those that are there.
         critic: a trained critic of the same data, to be copied instead of trained; likewise `denoiser`.
+        on_save_error: "raise" or "warn" when a checkpoint cannot be written.
 
     Returns:
         The pipeline, and the data as it acts on them: an image policy's images are features.
     """
     preset = preset_of(get_task(settings.task), settings.controller, settings.sampler)
+    saving: dict[str, Any] = {"on_save_error": on_save_error}
     pipeline = preset.build_pipeline(episodes, settings.seed)
     if denoiser is not None:
         pipeline.denoiser.load_state_dict(denoiser.state_dict())
     else:
         say(f"foundation: {settings.controller} on {episodes.num_episodes} episodes")
         steps = settings.scaled(preset.foundation_config().max_steps)
-        config = preset.foundation_config(seed=settings.seed, max_steps=steps)
+        config = preset.foundation_config(seed=settings.seed, max_steps=steps, **saving)
         train_part(DenoisingTrainer, pipeline, config, episodes, folder / "foundation")
     if settings.controller == "decision_diffuser":
         say("inverse dynamics")
-        dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed)
+        dynamics = InverseDynamicsConfig(output_dir=None, seed=settings.seed, **saving)
         dynamics = dataclasses.replace(dynamics, max_steps=settings.scaled(dynamics.max_steps))
         train_part(InverseDynamicsTrainer, pipeline, dynamics, episodes, folder / "inverse-dynamics")
     episodes = episodes_that_fit(pipeline, episodes)
@@ -67,7 +70,7 @@ def train_foundation(
         return pipeline, episodes
     say("critic: IQL")
     steps = settings.scaled(preset.critic_config().max_steps)
-    config = preset.critic_config(seed=settings.seed, max_steps=steps)
+    config = preset.critic_config(seed=settings.seed, max_steps=steps, **saving)
     train_part(IQLTrainer, pipeline, config, episodes, folder / "critic")
     return pipeline, episodes
 
@@ -124,7 +127,9 @@ def shared_foundation(settings: RunSettings, output_dir: Path) -> Path:
     return folder
 
 
-def run_foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> tuple[Any, Episodes, float]:
+def run_foundation(
+    settings: RunSettings, episodes: Episodes, folder: Path, *, on_save_error: str = "raise"
+) -> tuple[Any, Episodes, float]:
     """The pipeline, the data as it acts on them, and the seconds that an earlier process took if it has left it."""
     if folder.is_dir():
         manifest = checkpoint.verify(folder)
@@ -136,7 +141,7 @@ def run_foundation(settings: RunSettings, episodes: Episodes, folder: Path) -> t
         pipeline = _given_foundation(settings)
         episodes = episodes_that_fit(pipeline, episodes)
     else:
-        pipeline, episodes = train_foundation(settings, episodes, unfinished)
+        pipeline, episodes = train_foundation(settings, episodes, unfinished, on_save_error=on_save_error)
     acting = {"action_selection": "greedy", "num_candidates": settings.num_candidates}
     pipeline.describe_task(**describe_task(get_task(settings.task)), **acting)
     facts = {**run_facts(settings), "wall_seconds": time.perf_counter() - start}

@@ -51,7 +51,10 @@ def load_pipeline(
     if name not in PIPELINES:
         raise portable.UnreadableRepoError(f"`{name_or_path}` holds a {name}, not one of {', '.join(PIPELINES)}.")
     with _without_progress_bar():
-        return PIPELINES[name].from_pretrained(name_or_path, **options)
+        result: DiffuserPlannerPipeline | DiffusionPolicyPipeline = PIPELINES[name].from_pretrained(
+            name_or_path, **options
+        )
+        return result
 
 
 def pull(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from datasets import load_dataset
@@ -154,7 +154,7 @@ def _from_file(path: Path, name: str) -> Callable[..., Any]:
     found = _namespace(path).get(name)
     if not callable(found):
         raise ValueError(f"`rewards` {path}:{name} must be a function, got {type(found).__name__}.")
-    return found
+    return cast(Callable[..., Any], found)
 
 
 @cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def statistical_parity(
 
     def distance(frequencies: Tensor) -> Tensor:
         goal = torch.full_like(frequencies[0], 1 / frequencies.shape[-1]) if wanted is None else wanted.to(frequencies)
-        return torch.linalg.vector_norm(frequencies - goal, dim=-1)
+        return cast(Tensor, torch.linalg.vector_norm(frequencies - goal, dim=-1))
 
     return DistributionReward(classify, distance, credit=credit, group_by=group_by)
 

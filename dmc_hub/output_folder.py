@@ -95,6 +95,16 @@ def require_space(folder: str | os.PathLike[str], num_bytes: int) -> None:
         )
 
 
+def save_error(folder: str | os.PathLike[str], error: Exception) -> SaveError:
+    """What went wrong while something was written to a folder, with what is free there."""
+    if isinstance(error, SaveError):
+        return error
+    return SaveError(
+        f"`{folder}` cannot be written ({error}); its file system has {free_bytes(folder):,} bytes free. What was "
+        "saved before is as it was."
+    )
+
+
 def free_bytes(folder: str | os.PathLike[str]) -> int:
     """Bytes that an ordinary user can still write to the file system of a folder, which need not exist."""
     path = Path(folder).absolute()

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -279,7 +279,7 @@ def _build_control(episodes: Episodes, seed: int, *, task: Task, controller: str
 
 def _vision_encoder(episodes: Episodes) -> VisionEncoder:
     height, width = next(iter(episodes.images.values())).shape[1:3]
-    return VisionEncoder(tuple(episodes.images), crop=(height * 7 // 8, width * 7 // 8))
+    return cast(VisionEncoder, VisionEncoder(tuple(episodes.images), crop=(height * 7 // 8, width * 7 // 8)))
 
 
 def _value_scale(episodes: Episodes, discount: float) -> float:

@@ -40,10 +40,19 @@ from dmc_hub.trainers.cascade import CascadeTrainer
 from dmc_hub.trainers.online import CollectionResult, OnlineConfig
 
 
-def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") -> dict[str, Any]:
+def align_task(
+    settings: RunSettings, output_dir: Path, *, command: str = "", on_save_error: str = "raise"
+) -> dict[str, Any]:
     """Run everything from data to report; returns the report.
 
     Finished parts are found again in `output_dir`: an interrupted run continues.
+
+    Args:
+        settings: what the results depend on.
+        output_dir: folder of the run.
+        command: that the report names.
+        on_save_error: "raise", or "warn" and go on without, when a checkpoint or a stage cannot be written. Foundation,
+            adapter and report are what the run is for: it ends if they cannot.
 
     Raises:
         ValueError: unknown task or controller, or `output_dir` holds a run with other settings, or one that another
@@ -56,15 +65,17 @@ def align_task(settings: RunSettings, output_dir: Path, *, command: str = "") ->
     output_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(output_dir):
         _claim(output_dir, settings)
-        return _run(settings, preset, output_dir, command)
+        return _run(settings, preset, output_dir, command, on_save_error)
 
 
-def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) -> dict[str, Any]:
+def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str, on_save_error: str) -> dict[str, Any]:
     start, task = time.perf_counter(), get_task(settings.task)
     episodes = task.episodes(settings.seed, settings.data)
-    pipeline, episodes, seconds_before = run_foundation(settings, episodes, output_dir / "pipeline")
+    pipeline, episodes, seconds_before = run_foundation(
+        settings, episodes, output_dir / "pipeline", on_save_error=on_save_error
+    )
     before = _evaluations(settings, task, pipeline, "before", output_dir)
-    aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir)
+    aligner = _aligner(settings, task, preset, pipeline, episodes, output_dir, on_save_error)
     say(f"alignment: at most {settings.max_passes} × ({' → '.join(settings.methods)})")
     stages = aligner.run()
     say(f"alignment is over: {aligner.end_reason}")
@@ -74,7 +85,7 @@ def _run(settings: RunSettings, preset: Preset, output_dir: Path, command: str) 
         collections = aligner.collector.results
         seconds_before += sum(collection.wall_seconds for collection in collections[: aligner.collector.num_found])
     if settings.num_upsampling_passes:
-        _add_upsampler(settings, preset, pipeline, episodes, output_dir / "upsampler")
+        _add_upsampler(settings, preset, pipeline, episodes, output_dir / "upsampler", on_save_error)
     changed = bool(collections or settings.num_upsampling_passes)
     if changed:
         _save_beside_adapter(pipeline, settings, output_dir)
@@ -122,7 +133,13 @@ def finished_report(settings: RunSettings, folder: Path) -> dict[str, Any] | Non
 
 
 def _aligner(
-    settings: RunSettings, task: Task, preset: Preset, pipeline: Any, episodes: Episodes, output_dir: Path
+    settings: RunSettings,
+    task: Task,
+    preset: Preset,
+    pipeline: Any,
+    episodes: Episodes,
+    output_dir: Path,
+    on_save_error: str,
 ) -> SequentialAligner:
     def validate(controller: Any) -> dict[str, float]:
         result = _validated(settings, task, controller, "greedy", 1)
@@ -149,6 +166,7 @@ def _aligner(
             max_divergence=settings.max_divergence,
             min_diversity=settings.min_diversity,
             seed=settings.seed,
+            on_save_error=on_save_error,
         ),
         train_dataset=episodes,
         validate=validate,
@@ -157,7 +175,9 @@ def _aligner(
     )
 
 
-def _add_upsampler(settings: RunSettings, preset: Preset, pipeline: Any, episodes: Episodes, folder: Path) -> None:
+def _add_upsampler(
+    settings: RunSettings, preset: Preset, pipeline: Any, episodes: Episodes, folder: Path, on_save_error: str
+) -> None:
     """Give the pipeline an up-sampler trained on the aligned controller's samples, or the one that `folder` holds."""
     if folder.is_dir():
         checkpoint.verify(folder)
@@ -165,7 +185,7 @@ def _add_upsampler(settings: RunSettings, preset: Preset, pipeline: Any, episode
         pipeline.register_modules(upsampler=type(pipeline.denoiser).from_pretrained(folder).eval())
         return
     say("cascade: training the up-sampler")
-    config = preset.cascade_config(seed=settings.seed)
+    config = preset.cascade_config(seed=settings.seed, on_save_error=on_save_error)
     config = dataclasses.replace(config, max_steps=settings.scaled(config.max_steps))
     unfinished = folder.parent / "unfinished"
     train_part(CascadeTrainer, pipeline, config, episodes, unfinished / "cascade")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -178,7 +178,7 @@ def _optimal_returns(seeds: Iterable[int]) -> np.ndarray:
     env = gymnasium.make(NAV1D_ID)
     starts = [float(env.reset(seed=seed)[0][0]) for seed in seeds]
     solution = nav1d.optimal_value_function()
-    return np.interp(starts, solution.positions, solution.values[0])
+    return cast(np.ndarray, np.interp(starts, solution.positions, solution.values[0]))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ loaded with transformers, frozen here, and moved to the images' device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def clip_reward(model: Any, tokenizer: Any, *, scaled: bool = False) -> Callable
         pixels = clip_pixels(images, model.config.vision_config.image_size)
         output = model(pixel_values=pixels.to(model.dtype), **tokens)
         cosine = (output.image_embeds * output.text_embeds).sum(-1)
-        return (cosine * model.logit_scale.exp() if scaled else cosine).float()
+        return cast(Tensor, (cosine * model.logit_scale.exp() if scaled else cosine).float())
 
     return reward
 

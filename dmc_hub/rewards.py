@@ -6,7 +6,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def critic_reward(pipeline: Any, *, num_steps: int = 1, subtract_value: bool = T
         values = pipeline.critic(states, chunks[:, :steps])
         if subtract_value:
             values = values - pipeline.critic.value(states)
-        return values.mean(1)
+        return cast(Tensor, values.mean(1))
 
     return reward
 
@@ -166,7 +166,7 @@ def _checked(returned: Any, samples: Tensor) -> Tensor:
             f"`reward_function` returned {rewards[bad[0]].item()} for {len(bad)} of {len(rewards)} samples, the first "
             f"at index {int(bad[0])}: return finite numbers."
         )
-    return rewards
+    return cast(Tensor, rewards)
 
 
 def _answer(answer: Callable[[], Any], timeout: float | None) -> Any:

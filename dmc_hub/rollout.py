@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class Rollouts:
 
     def max_rewards(self) -> np.ndarray:
         """Highest reward of every episode, float32 of shape `(num_episodes,)`."""
-        return np.where(self.valid, self.rewards, -np.inf).max(axis=1)
+        return cast(np.ndarray, np.where(self.valid, self.rewards, -np.inf).max(axis=1))
 
     def succeeded(self, when: str) -> np.ndarray:
         """Which episodes succeeded, bool of shape `(num_episodes,)`.
@@ -83,7 +83,7 @@ class Rollouts:
             raise ValueError("`success` is not known: the environment's `info` has neither 'success' nor 'is_success'.")
         if when == "any step":
             return np.asarray(self.successes.any(axis=1))
-        return self.successes[np.arange(len(self.lengths)), self.lengths - 1]
+        return cast(np.ndarray, self.successes[np.arange(len(self.lengths)), self.lengths - 1])
 
     def to_episodes(self) -> Episodes:
         """The valid steps as flat episodes, for training or for a dataset."""

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -27,6 +27,7 @@ from torch import Tensor
 PredictionType = Literal["epsilon", "sample", "v_prediction", "velocity", "score"]
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", "score")
 KERNELS = ("ancestral", "euler_maruyama", "dpm_solver_2m")
+_T = TypeVar("_T")
 MOST_KEPT = 10_000  # numbers of a few bytes each
 
 
@@ -488,7 +489,8 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         """Continuous time in `[0, 1]` (float64) of timesteps on the network's scale."""
         t = torch.as_tensor(timestep)
         precise = torch.float32 if t.device.type == "mps" else torch.float64
-        return (t.to(precise) + self.noise_schedule.timestep_origin) / self.config.num_train_timesteps
+        result: Tensor = (t.to(precise) + self.noise_schedule.timestep_origin) / self.config.num_train_timesteps
+        return result
 
     def coefficients(self, timestep: float | Tensor, sample: Tensor) -> Coefficients:
         """Schedule values at `timestep` (a number or shape `(batch,)`), float64, broadcastable against `sample`."""
@@ -507,14 +509,15 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
     def _number(self, timestep: float | Tensor) -> Tensor:
         return self.time(timestep.cpu() if isinstance(timestep, Tensor) else timestep)
 
-    def _once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], _T]) -> _T:
         """What follows from numbers and the configuration alone, which is fixed: computed once for all samples."""
         if key not in self._of_numbers:
             if len(self._of_numbers) >= MOST_KEPT:
                 self._of_numbers.clear()
             with torch.inference_mode(False), torch.no_grad():
                 self._of_numbers[key] = compute()
-        return self._of_numbers[key]
+        value: _T = self._of_numbers[key]
+        return value
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Uniformly drawn training levels, shape `(batch_size,)`, int64, on the CPU."""
@@ -700,14 +703,16 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         trajectory.stds.append(std)
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        number: int = self.config.num_train_timesteps
+        return number
 
 
 def randn(
     shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device: str | torch.device
 ) -> Tensor:
     """Standard normal noise, drawn on the generator's device and moved to `device`; a list has one per sample."""
-    return randn_tensor(shape, generator=generator, device=torch.device(device))
+    result: Tensor = randn_tensor(shape, generator=generator, device=torch.device(device))
+    return result
 
 
 def _noise_schedule(name: str, options: dict[str, Any]) -> NoiseSchedule:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -73,16 +73,17 @@ def transition_scheduler(stock: Any, *, eta: float = 1.0, kernel: str = "ancestr
         ValueError: a setting that has no counterpart.
     """
     if isinstance(stock, TransitionScheduler):
-        return stock
+        return cast(TransitionScheduler, stock)
     config, name = stock.config, type(stock).__name__
     is_flow = isinstance(stock, FlowMatchEulerDiscreteScheduler)
     for setting, only in (_PLAIN_FLOW if is_flow else _PLAIN_VARIANCE_PRESERVING).items():
         if config.get(setting) not in (only, None):
             raise ValueError(f"The {name}'s `{setting}` must be {only!r}, got {config[setting]!r}.")
     if is_flow:
-        return TransitionScheduler(
+        flow = TransitionScheduler(
             config.num_train_timesteps, "flow", {"shift": config.shift}, "velocity", kernel=kernel, eta=eta
         )
+        return cast(TransitionScheduler, flow)
     if "beta_schedule" not in config:
         raise ValueError(f"The noise levels of a {name} are unknown here: pass a `TransitionScheduler` as `scheduler`.")
     spacing = config.get("timestep_spacing", "leading")
@@ -99,9 +100,10 @@ def transition_scheduler(stock: Any, *, eta: float = 1.0, kernel: str = "ancestr
         "steps_offset": config.get("steps_offset", 0) if spacing == "leading" else 0,
         "ends_clean": bool(config.set_alpha_to_one) if ends_noisy else True,
     }
-    return TransitionScheduler(
+    result: TransitionScheduler = TransitionScheduler(
         len(levels), "tabulated", options, config.get("prediction_type", "epsilon"), kernel=kernel, eta=eta
     )
+    return result
 
 
 class _Architecture(ABC):
@@ -243,7 +245,7 @@ class TextToImagePolicy(AdaptableController):
     @property
     def components(self) -> dict[str, Any]:
         """The pipeline's."""
-        return self.pipeline.components
+        return cast(dict[str, Any], self.pipeline.components)
 
     @property
     def config(self) -> FrozenDict:
@@ -339,7 +341,7 @@ class TextToImagePolicy(AdaptableController):
         arguments = self._architecture.arguments(self, {name: value.to(dtype) for name, value in condition.items()})
         network = self.denoiser if denoiser is None else denoiser
         scaled = self.scheduler.scale_model_input(sample, levels)
-        return network(scaled.to(dtype), timestep=levels, **arguments, return_dict=False)[0].float()
+        return cast(Tensor, network(scaled.to(dtype), timestep=levels, **arguments, return_dict=False)[0].float())
 
     def sample(
         self,
@@ -375,7 +377,7 @@ class TextToImagePolicy(AdaptableController):
             with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
                 output = self._guided(latents, timestep, condition, denoiser, self.guidance_scale)
                 latents = self.scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[0]
-        return latents
+        return cast(Tensor, latents)
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         """`(batch_size, channels, height, width)` of latents."""

@@ -94,11 +94,13 @@ class DiffuserPlannerPipeline(ControlPipeline):
 
     @property
     def observation_dim(self) -> int:
-        return self.normalizer.config.observation_dim
+        number: int = self.normalizer.config.observation_dim
+        return number
 
     @property
     def action_dim(self) -> int:
-        return self.normalizer.config.action_dim
+        number: int = self.normalizer.config.action_dim
+        return number
 
     @property
     def num_observation_steps(self) -> int:
@@ -282,7 +284,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
             scaled = torch.cat([scaled, condition["draft"]], dim=-1)
         network = self._network(condition, denoiser)
         level = _network_timestep(self.scheduler, timestep)
-        return network(scaled.to(_dtype(self.denoiser)), level, return_dict=False)[0].float()
+        result: Tensor = network(scaled.to(_dtype(self.denoiser)), level, return_dict=False)[0].float()
+        return result
 
     def sample(
         self,
@@ -348,7 +351,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
         if denoiser is not None:
             return denoiser
         network = self.upsampler if "draft" in condition else self.denoiser
-        return network if ControlPipeline is DiffusionPipeline else self.acting_network(network)
+        result: nn.Module = network if ControlPipeline is DiffusionPipeline else self.acting_network(network)
+        return result
 
     def _to_data_range(self, latents: Tensor) -> Tensor:
         """Clamp actions, not observations: an action outside the data's range is never executed."""
@@ -398,7 +402,8 @@ class DiffuserPlannerPipeline(ControlPipeline):
         if length > 1:
             actions = actions.unfold(2, length, 1).transpose(-1, -2)
         observations = self.normalizer.normalize_observations(observations[:, :, :num_value_steps])
-        return self.critic(observations, actions[:, :, :num_value_steps]).mean(-1)
+        result: Tensor = self.critic(observations, actions[:, :, :num_value_steps]).mean(-1)
+        return result
 
     def _context(
         self, observations: Tensor, past_observations: np.ndarray, past_actions: np.ndarray
@@ -478,7 +483,8 @@ def _network_timestep(scheduler: SchedulerMixin, timestep: float | Tensor) -> fl
     config = scheduler.config
     low, high = (sigma ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max))
     sigma = torch.exp(4 * torch.as_tensor(timestep))
-    return (sigma ** (1 / config.rho) - low) / (high - low) * config.num_train_timesteps
+    result: float | Tensor = (sigma ** (1 / config.rho) - low) / (high - low) * config.num_train_timesteps
+    return result
 
 
 def _initial_std(scheduler: SchedulerMixin) -> float:

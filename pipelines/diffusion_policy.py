@@ -108,7 +108,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
     @property
     def observation_dim(self) -> int:
         """Width of an observation: with a vision encoder, of the state and the features."""
-        return self.normalizer.config.observation_dim
+        number: int = self.normalizer.config.observation_dim
+        return number
 
     @property
     def state_dim(self) -> int:
@@ -117,17 +118,20 @@ class DiffusionPolicyPipeline(ControlPipeline):
 
     @property
     def action_dim(self) -> int:
-        return self.normalizer.config.action_dim
+        number: int = self.normalizer.config.action_dim
+        return number
 
     @property
     def num_observation_steps(self) -> int:
         """Observations that the policy looks at."""
-        return self.config.num_observation_steps
+        number: int = self.config.num_observation_steps
+        return number
 
     @property
     def num_past_actions(self) -> int:
         """Actions of a sequence that belong to steps before the current one."""
-        return self.config.num_past_actions
+        number: int = self.config.num_past_actions
+        return number
 
     @torch.inference_mode()
     def __call__(
@@ -263,7 +267,10 @@ class DiffusionPolicyPipeline(ControlPipeline):
         if "draft" in condition:
             scaled = torch.cat([scaled, condition["draft"]], dim=-1)
         level = _network_timestep(self.scheduler, timestep)
-        return network(scaled.to(dtype), level, condition["embedding"].to(dtype), return_dict=False)[0].float()
+        result: Tensor = network(scaled.to(dtype), level, condition["embedding"].to(dtype), return_dict=False)[
+            0
+        ].float()
+        return result
 
     def sample(
         self,
@@ -309,14 +316,16 @@ class DiffusionPolicyPipeline(ControlPipeline):
                     if has_fixed:
                         next_timestep = self.scheduler.next_timestep(timestep)
                         latents = self._inpaint(latents, condition, next_timestep, generator)
-        return latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
+        result: Tensor = latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
+        return result
 
     def _network(self, condition: dict[str, Tensor], denoiser: nn.Module | None) -> nn.Module:
         """The one that is given, or the component: with a `draft` in the condition the up-sampler."""
         if denoiser is not None:
             return denoiser
         network = self.upsampler if "draft" in condition else self.denoiser
-        return network if ControlPipeline is DiffusionPipeline else self.acting_network(network)
+        result: nn.Module = network if ControlPipeline is DiffusionPipeline else self.acting_network(network)
+        return result
 
     def _inpaint(
         self, latents: Tensor, condition: dict[str, Tensor], timestep: int, generator: torch.Generator | None
@@ -362,7 +371,8 @@ class DiffusionPolicyPipeline(ControlPipeline):
         length = getattr(self.critic.config, "num_action_steps", 1)
         actions = actions[:, :, 0] if length == 1 else actions[:, :, :length]
         observations = self.normalizer.normalize_observations(observations)[:, None].expand(-1, actions.shape[1], -1)
-        return self.critic(observations, self.normalizer.normalize_actions(actions))
+        result: Tensor = self.critic(observations, self.normalizer.normalize_actions(actions))
+        return result
 
 
 def _tensor(values: np.ndarray | Tensor) -> Tensor:
@@ -404,7 +414,8 @@ def _network_timestep(scheduler: SchedulerMixin, timestep: float | Tensor) -> fl
     config = scheduler.config
     low, high = (sigma ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max))
     sigma = torch.exp(4 * torch.as_tensor(timestep))
-    return (sigma ** (1 / config.rho) - low) / (high - low) * config.num_train_timesteps
+    result: float | Tensor = (sigma ** (1 / config.rho) - low) / (high - low) * config.num_train_timesteps
+    return result
 
 
 def _initial_std(scheduler: SchedulerMixin) -> float:

@@ -248,3 +248,30 @@ def test_verifying_warns_of_nothing(tmp_path: Path) -> None:
         assert checkpoint.latest_checkpoint(tmp_path) is not None
     text = (tmp_path / "checkpoint-1" / checkpoint.MANIFEST_NAME).read_text()
     assert json.loads(text)["format"] == checkpoint.FORMAT_VERSION
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_weights_are_compared_while_the_block_runs_and_all_else_before(tmp_path: Path) -> None:
+    folder, entered = write(tmp_path / "checkpoint-1"), []
+    flip(folder / "denoiser" / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"), checkpoint.verifying(folder):
+        entered.append("weights")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors") as caught, checkpoint.verifying(folder):
+        raise RuntimeError("what broken weights made of it")
+    assert "what broken weights" in str(caught.value.__context__)
+    with checkpoint.verifying(folder, lambda name: name == "state.json") as manifest:
+        entered.append("unwanted")
+    assert set(manifest.files) == {"denoiser/weights.safetensors", "state.json"}
+    flip(folder / "state.json")
+    with pytest.raises(CheckpointError), checkpoint.verifying(folder):
+        entered.append("state")
+    assert entered == ["weights", "unwanted"]
+
+
+def test_an_error_while_whole_files_load_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mine"), checkpoint.verifying(write(tmp_path / "checkpoint-1")):
+        raise RuntimeError("mine")

@@ -315,6 +315,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha": (lambda folder: configure(folder, lora_alpha=600), "disagree on lora_alpha: one was changed"),
     "rank": (lambda folder: configure(folder, r=4), "disagree on r: "),
     "targets": (lambda folder: configure(folder, target_modules=["head.1"]), "disagree on target_modules: "),
+    "mixed targets": (
+        lambda folder: configure(folder, target_modules=["head.1", True]),
+        "disagree on target_modules: ",
+    ),
     "kind": (lambda folder: configure(folder, peft_type="LOHA"), "is not a usable adapter configuration: it does not"),
     "unknown setting": (lambda folder: configure(folder, rr=2), "is not a usable adapter configuration: .*'rr'"),
     "overwrites the base": (

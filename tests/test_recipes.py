@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from dmc_hub import checkpoint
 from dmc_hub.cli import main
 from dmc_hub.hub import load_pipeline
 from dmc_hub.output_folder import alone_in
@@ -268,6 +270,26 @@ def test_a_script_runs_on_two_processes_that_agree(run: Path, tmp_path: Path) ->
     assert manifest["metadata"]["world_size"] == 2
     assert manifest["metadata"]["step"] == 3
     assert result.stderr.count("saved ") == 1
+
+
+def test_a_disk_that_is_full_on_the_way_ends_the_run_unless_it_is_told_to_go_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = checkpoint.write_text
+
+    def full(path: Path, text: str) -> None:
+        if "stages" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    options = ["--foundation", str(run / "pipeline"), "--methods", "sft"]
+    assert align("policy", tmp_path, *options) == 1
+    assert "00-foundation` cannot be written ([Errno 28] No space left on device" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="Alignment goes on, and writes no more stages"):
+        assert align("policy", tmp_path, *options, "--on-save-error", "warn") == 0
+    assert json.loads((tmp_path / "report.json").read_text())["stages"][1]["name"] == "sft"
+    assert load_pipeline(tmp_path / "pipeline").load_lora_weights(tmp_path / "adapter") is None
 
 
 def test_an_online_run_collects_between_its_stages(

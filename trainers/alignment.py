@@ -8,7 +8,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -23,6 +26,7 @@ from dmc_hub import checkpoint
 from dmc_hub.conditions import episodes_that_fit
 from dmc_hub.divergence import candidate_spread, denoising_kl
 from dmc_hub.errors import CollapseError
+from dmc_hub.output_folder import save_error
 from dmc_hub.rewards import NonFiniteRewardError, RewardFunction
 from dmc_hub.trainers.base import DiffusionTrainer
 from dmc_hub.trainers.iql import IQLConfig
@@ -103,11 +107,17 @@ class AlignmentConfig:
         default=0.5, metadata={"help": "Factor on a method's learning rate after each of its stages."}
     )
     seed: int = field(default=0, metadata={"help": "Every stage's seed is derived from it."})
+    on_save_error: str = field(
+        default="raise",
+        metadata={"help": '"raise", or "warn" and go on without, when a checkpoint or a stage cannot be written.'},
+    )
 
     def __post_init__(self) -> None:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"`methods` must be a list of {', '.join(METHODS)}; got {self.methods}.")
+        if self.on_save_error not in ("raise", "warn"):
+            raise ValueError(f"`on_save_error` must be 'raise' or 'warn', got {self.on_save_error!r}.")
         for name in ("max_passes", "validations_per_stage", "patience", "num_rollbacks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -230,6 +240,7 @@ class SequentialAligner:
         self.reward_function = reward_function
         self.peft_config = peft_config or LoraConfig(r=16, lora_alpha=16)
         self.callbacks = callbacks
+        self.folder = None if config.output_dir is None else Path(config.output_dir)  # None: nothing more is written
         self.collector = self._collector(online, make_env, critic_config)
         self.results: list[StageResult] = []
         self.num_resumed = 0  # how many of the results an earlier process left
@@ -279,7 +290,8 @@ class SequentialAligner:
             make_env=make_env,
             critic_config=critic_config or IQLConfig(output_dir=None, max_steps=1000),
             seed=self.config.seed,
-            folder=None if self.config.output_dir is None else Path(self.config.output_dir) / "stages",
+            folder=None if self.folder is None else self.folder / "stages",
+            saving=self.saving,
         )
 
     def _collect_before(self, stage: int) -> None:
@@ -439,8 +451,9 @@ class SequentialAligner:
         changes: dict[str, Any] = {
             "seed": self.config.seed * 1000 + stage + 100 * attempt,
             "learning_rate": config.learning_rate * factor,
+            "on_save_error": self.config.on_save_error,
         }
-        if self.config.output_dir is not None and self.config.validations_per_stage > 1:
+        if self.folder is not None and self.config.validations_per_stage > 1:
             changes["output_dir"] = str(self._work_folder(stage, method, attempt))
             changes["save_strategy"] = "steps"
             changes["save_steps"] = self._interval(config.max_steps)
@@ -471,7 +484,10 @@ class SequentialAligner:
 
     def _conditions(self) -> dict[str, Tensor]:
         """The same in every validation."""
-        return self.pipeline.observation_condition(self._observations.to(self.pipeline.denoiser.device))
+        tensors: dict[str, Tensor] = self.pipeline.observation_condition(
+            self._observations.to(self.pipeline.denoiser.device)
+        )
+        return tensors
 
     @cached_property
     def _observations(self) -> Tensor:
@@ -485,35 +501,51 @@ class SequentialAligner:
         if result.decision != "rolled back" and result.return_mean > self._best[0]:
             self._best = (result.return_mean, self._adapter())
         self.results.append(result)
-        if self.config.output_dir is None:
+        if self.folder is None:
             return
-        folder = self._stage_folder(result.stage, result.name)
-        stage = checkpoint.open_stage(folder)
-        try:
+        folder, facts = self._stage_folder(result.stage, result.name), {"stage": result.stage, "seed": self.config.seed}
+        with self.saving(folder), checkpoint.write_folder_atomically(folder, facts) as stage:
             if result.stage:
                 self.pipeline.save_lora_weights(stage)
             checkpoint.save_json(stage / "stage.json", dataclasses.asdict(result))
-            checkpoint.commit_stage(stage, folder, {"stage": result.stage, "seed": self.config.seed})
-        finally:
-            checkpoint.discard_stage(stage)
         self._write_log()
 
+    @contextmanager
+    def saving(self, folder: Path) -> Iterator[None]:
+        """Around what writes to `folder`: where that fails, alignment ends, or goes on and writes no more.
+
+        What is there stays as it was, so that a run in the same folder goes on from there.
+
+        Raises:
+            SaveError: it failed, and `config.on_save_error` is "raise".
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as raised:
+            error = save_error(folder, raised)
+            if self.config.on_save_error == "raise":
+                raise error from raised
+            warnings.warn(f"Alignment goes on, and writes no more stages: {error}", stacklevel=3)
+            self.folder = None
+            if self.collector is not None:
+                self.collector.folder = None
+
     def _write_log(self) -> None:
-        if self.config.output_dir is None:
+        if self.folder is None:
             return
-        path = Path(self.config.output_dir) / "alignment_log.jsonl"
         rows = [] if self.collector is None else [dataclasses.asdict(row) for row in self.collector.results]
         rows += [dataclasses.asdict(row) for row in self.results]
         rows.sort(key=lambda row: row["stage"])  # stable: a collection stands before the stage that it precedes
         if self.end_reason:
             rows.append({"name": "end", "decision": "stopped", "reason": self.end_reason})
-        checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        with self.saving(self.folder):
+            checkpoint.write_text(self.folder / "alignment_log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def _resume(self) -> None:
         """Take up the finished stages of an earlier run in the same folder."""
-        if self.config.output_dir is None or self.results:
+        if self.folder is None or self.results:
             return
-        if (unfinished := Path(self.config.output_dir) / "unfinished").is_dir():
+        if (unfinished := self.folder / "unfinished").is_dir():
             checkpoint.remove_stale(unfinished)
         for stage, name in enumerate(["foundation", *self.stage_names]):
             folder = self._stage_folder(stage, name)
@@ -549,13 +581,13 @@ class SequentialAligner:
 
     def _first_attempt(self, stage: int, method: str) -> int:
         """The attempt that an interrupted run was at."""
-        if self.config.output_dir is None:
+        if self.folder is None:
             return 0
         attempts = range(self.config.num_retries + 1)
         return max((i for i in attempts if self._work_folder(stage, method, i).is_dir()), default=0)
 
     def _remove_work_folders(self, stage: int, method: str) -> None:
-        if self.config.output_dir is not None:
+        if self.folder is not None:
             for attempt in range(self.config.num_retries + 1):
                 checkpoint.remove_folder(self._work_folder(stage, method, attempt))
 
@@ -618,7 +650,8 @@ class _StageWatch(TrainerCallback):
         else:
             self.judge(self.aligner.measure(state.global_step), self.aligner._adapter)
         control.should_training_stop = control.should_training_stop or self.is_over
-        self._write(state.global_step)
+        if not self._write(state.global_step):
+            control.should_save = False  # a checkpoint without its validations would be resumed to another end
 
     def _spike(self, norm: float, step: int) -> str:
         """Whether the gradient is out of all proportion to those of the stage's steps so far, in words."""
@@ -647,16 +680,21 @@ class _StageWatch(TrainerCallback):
     def _state_file(self, step: int) -> Path:
         return self.folder / f"state-{step}.safetensors"
 
-    def _write(self, step: int) -> None:
-        if self.aligner.config.output_dir is None or self.aligner.config.validations_per_stage == 1:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.outside
-        if self.best is not None and self.best[0].step == step:
-            state = self.best[1]
-        if state is not None:
-            checkpoint.save_tensors(self._state_file(step), state)
-        checkpoint.save_json(self.folder / "validations.json", [dataclasses.asdict(row) for row in self.validations])
+    def _write(self, step: int) -> bool:
+        """Returns whether what was seen is there for a resumed stage."""
+        if self.aligner.folder is None or self.aligner.config.validations_per_stage == 1:
+            return False
+        with self.aligner.saving(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = self.outside
+            if self.best is not None and self.best[0].step == step:
+                state = self.best[1]
+            if state is not None:
+                checkpoint.save_tensors(self._state_file(step), state)
+            checkpoint.save_json(
+                self.folder / "validations.json", [dataclasses.asdict(row) for row in self.validations]
+            )
+        return self.aligner.folder is not None
 
 
 def _result(stage: int, name: str, decision: str, reason: str, measured: Measured, **others: Any) -> StageResult:

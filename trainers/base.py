@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -253,7 +253,8 @@ class DiffusionTrainer(Trainer, ABC):
 
     def trainable_module(self) -> nn.Module:
         """The component that is trained; a trainer of the critic returns `self.pipeline.critic`."""
-        return self.pipeline.denoiser
+        result: nn.Module = self.pipeline.denoiser
+        return result
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained: those of the adapter if the module has one, else all of the
@@ -308,7 +309,8 @@ class DiffusionTrainer(Trainer, ABC):
     @property
     def history(self) -> list[dict[str, float]]:
         """The rows logged so far, each with its `step`."""
-        return self.state.log_history
+        result: list[dict[str, float]] = self.state.log_history
+        return result
 
     # ---- Training ------------------------------------------------------------------------------------------
 
@@ -399,7 +401,8 @@ class DiffusionTrainer(Trainer, ABC):
         return MicroSteps(self)
 
     def num_examples(self, dataloader: Any) -> int:
-        return self.args.max_steps * self.get_total_train_batch_size(self.args)
+        number: int = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        return number
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -417,7 +420,7 @@ class DiffusionTrainer(Trainer, ABC):
         if self.accelerator.sync_gradients:
             self._average_over_processes()
             self._window_loss.zero_()
-        return loss
+        return cast(Tensor, loss)
 
     def _average_over_processes(self) -> None:
         """One collective per optimizer step: the mean gradient, the mean loss, and whether a process is to

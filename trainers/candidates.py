@@ -69,7 +69,8 @@ class CandidatesTrainer(SamplingTrainer):
 
     @property
     def micro_steps_per_buffer(self) -> int:
-        return self.args.steps_per_buffer
+        number: int = self.args.steps_per_buffer
+        return number
 
     def candidates(self, condition: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """`num_candidates` consistent samples of each condition.
@@ -88,7 +89,8 @@ class CandidatesTrainer(SamplingTrainer):
         repeated = self.pipeline.repeat(condition, count)
         steps = self.args.num_inference_steps
         samples: Tensor = self.pipeline.sample(repeated, num_inference_steps=steps, generator=generator, **options)
-        return samples.unflatten(0, (-1, count))
+        result: Tensor = samples.unflatten(0, (-1, count))
+        return result
 
     def _share_latent(self, condition: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """Candidates whose denoising went the same way for the first steps."""

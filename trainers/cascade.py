@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def warm_start_upsampler(pipeline: Any) -> nn.Module:
     assert all(name.startswith("draft_projection.") for name in loaded.missing_keys)
     upsampler = nn.Module.to(upsampler, denoiser.device, denoiser.dtype).eval()
     pipeline.register_modules(upsampler=upsampler)
-    return upsampler
+    return cast(nn.Module, upsampler)
 
 
 class CascadeTrainer(CandidatesTrainer):
@@ -91,7 +91,8 @@ class CascadeTrainer(CandidatesTrainer):
         super().__init__(pipeline, args, **kwargs)
 
     def trainable_module(self) -> nn.Module:
-        return self.pipeline.upsampler
+        result: nn.Module = self.pipeline.upsampler
+        return result
 
     def collect(self, generator: torch.Generator) -> dict[str, Tensor]:
         count, each = self.args.num_conditions, self.args.num_candidates

@@ -330,7 +330,10 @@ class DDPOTrainer(TruncatedTrainer):
     ) -> GaussianTransition:
         x_t, timestep = inputs["latents"][step], inputs["timesteps"][step].item()
         output = self.pipeline.predict(x_t, timestep, condition, network)
-        return self.pipeline.scheduler.transition(output, x_t, timestep, inputs["next_timesteps"][step].item())
+        result: GaussianTransition = self.pipeline.scheduler.transition(
+            output, x_t, timestep, inputs["next_timesteps"][step].item()
+        )
+        return result
 
     def _credits(self, inputs: dict[str, Tensor]) -> Tensor:
         """`kappa_t` of every denoising step, `(N,)` or for each sample `(N, B)` (section 3.1); 0 without a density."""

@@ -193,7 +193,8 @@ class DiffusionDPOTrainer(CandidatesTrainer):
         at = scheduler.coefficients(timesteps, x0)
         snr = (at.alpha / at.sigma).pow(2).flatten().to(x0)
         errors = self._weight_on_clean_errors(snr) * entries * denoising_loss(clean, x0, mask)
-        return errors.unflatten(0, (group, -1)).transpose(0, 1)
+        result: Tensor = errors.unflatten(0, (group, -1)).transpose(0, 1)
+        return result
 
     def _weight_on_clean_errors(self, snr: Tensor) -> Tensor:
         """`snr omega`, because `||eps - eps_theta||^2 = snr ||x0 - x0_theta||^2`."""

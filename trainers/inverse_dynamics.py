@@ -37,11 +37,15 @@ class InverseDynamicsTrainer(DiffusionTrainer):
         super().__init__(pipeline, args, train_dataset=episodes_that_fit(pipeline, train_dataset), **kwargs)
 
     def trainable_module(self) -> nn.Module:
-        return self.pipeline.inverse_dynamics
+        result: nn.Module = self.pipeline.inverse_dynamics
+        return result
 
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = (self.args.per_device_train_batch_size,)
-        return self.train_dataset.transitions(torch.randint(self.train_dataset.num_steps, size, generator=generator))
+        tensors: dict[str, Tensor] = self.train_dataset.transitions(
+            torch.randint(self.train_dataset.num_steps, size, generator=generator)
+        )
+        return tensors
 
     def compute_loss(
         self,

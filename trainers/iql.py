@@ -57,13 +57,15 @@ class IQLTrainer(DiffusionTrainer):
         self.windows = self.train_dataset.windows(pipeline.critic.config.num_action_steps)
 
     def trainable_module(self) -> nn.Module:
-        return self.pipeline.critic
+        result: nn.Module = self.pipeline.critic
+        return result
 
     def make_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         size = (self.args.per_device_train_batch_size,)
         steps = torch.randint(self.train_dataset.num_steps, size, generator=generator)
         if self.windows.horizon > 1:
-            return self.windows.transitions(steps, self.args.discount)
+            tensors: dict[str, Tensor] = self.windows.transitions(steps, self.args.discount)
+            return tensors
         transitions = self.train_dataset.transitions(steps)
         return {**transitions, "discounts": torch.full(size, self.args.discount)}
 

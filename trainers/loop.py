@@ -38,7 +38,8 @@ class MicroSteps:
         self.trainer = trainer
 
     def __len__(self) -> int:
-        return self.trainer.args.max_steps * self.trainer.args.gradient_accumulation_steps
+        number: int = self.trainer.args.max_steps * self.trainer.args.gradient_accumulation_steps
+        return number
 
     def __iter__(self) -> Iterator[dict[str, int]]:
         start = self.trainer.state.global_step * self.trainer.args.gradient_accumulation_steps

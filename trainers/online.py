@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -105,6 +106,7 @@ class OnlineCollector:
         critic_config: of the critic's further training; `max_steps` is that of one collection.
         seed: with the number of the stage it determines the controller's noise and the critic's batches.
         folder: where collections are kept; None keeps none.
+        saving: makes a context around what writes to a folder, for errors to be dealt with.
 
     Raises:
         ValueError: the pipeline has no critic.
@@ -120,6 +122,7 @@ class OnlineCollector:
         critic_config: IQLConfig,
         seed: int,
         folder: Path | None,
+        saving: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext(),
     ) -> None:
         if pipeline.critic is None:
             raise ValueError("`pipeline` has no critic to train on collected episodes: train one with IQLTrainer.")
@@ -130,6 +133,7 @@ class OnlineCollector:
         self.critic_config = critic_config
         self.seed = seed
         self.folder = folder
+        self.saving = saving
         self.collected: Episodes | None = None
         self.results: list[CollectionResult] = []
         self.num_found = 0  # how many of them an earlier process has left
@@ -199,7 +203,7 @@ class OnlineCollector:
         }
         folder = self._part(stage, "online")
         if folder is not None:
-            with checkpoint.write_folder_atomically(folder, self._metadata(stage)) as part:
+            with self.saving(folder), checkpoint.write_folder_atomically(folder, self._metadata(stage)) as part:
                 save_episodes(part / "episodes.safetensors", episodes)
                 checkpoint.save_json(part / "collection.json", facts)
         return episodes, facts
@@ -229,7 +233,8 @@ class OnlineCollector:
             weights = checkpoint.load_tensors(folder / "critic.safetensors")
             checkpoint.check_same_tensors(folder, weights, critic.state_dict())
             critic.load_state_dict(weights)
-            return checkpoint.load_json(folder / "training.json")
+            result: dict[str, Any] = checkpoint.load_json(folder / "training.json")
+            return result
         start = time.perf_counter()
         settings: dict[str, Any] = {"seed": hash_seed("critic", self.seed, stage) % 2**31, "output_dir": None}
         config = dataclasses.replace(self.critic_config, save_strategy="no", **settings)
@@ -237,7 +242,7 @@ class OnlineCollector:
         trainer.train()
         facts = {"metrics": last_metrics(trainer.history), "wall_seconds": time.perf_counter() - start}
         if folder is not None:
-            with checkpoint.write_folder_atomically(folder, self._metadata(stage)) as part:
+            with self.saving(folder), checkpoint.write_folder_atomically(folder, self._metadata(stage)) as part:
                 checkpoint.save_tensors(part / "critic.safetensors", critic.state_dict())
                 checkpoint.save_json(part / "training.json", facts)
         return facts

@@ -221,7 +221,10 @@ class SamplingTrainer(DiffusionTrainer):
 
     def conditions(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` conditions drawn from the data."""
-        return self.pipeline.complete_condition(self.source.conditions(count, generator), generator)
+        tensors: dict[str, Tensor] = self.pipeline.complete_condition(
+            self.source.conditions(count, generator), generator
+        )
+        return tensors
 
     def rewards(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Checked rewards `(B,)` of latents."""
@@ -251,7 +254,8 @@ class SamplingTrainer(DiffusionTrainer):
     def advantages(self, rewards: Tensor, group_size: int, scale: Literal["group", "global", "none"]) -> Tensor:
         """`group_advantages` of this process's rewards `(B,)`, in the scale of those of all processes."""
         everyone = group_advantages(self.accelerator.gather(rewards), group_size, scale=scale)
-        return everyone.chunk(self.args.world_size)[self.args.process_index]
+        result: Tensor = everyone.chunk(self.args.world_size)[self.args.process_index]
+        return result
 
     def require_reference(self) -> None:
         """Raise a ValueError if the controller has no adapter whose switched-off state is the foundation."""

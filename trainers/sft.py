@@ -108,7 +108,8 @@ class SFTTrainer(SamplingTrainer):
         of_data = self.accelerator.gather(self._unlikeliness(real, real_condition, generator))
         unlikeliness = self._unlikeliness(samples, condition, generator)
         self.log_metric("unlikeliness", unlikeliness)
-        return unlikeliness <= of_data.quantile(self.args.likelihood_quantile)
+        result: Tensor = unlikeliness <= of_data.quantile(self.args.likelihood_quantile)
+        return result
 
     def draw(self, buffer: dict[str, Tensor], position: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = self.args.per_device_train_batch_size
@@ -208,4 +209,5 @@ def _prior_divergence(at: Any, x0: Tensor, mask: Tensor | None) -> Tensor:
     alpha, sigma = at.alpha[-1], at.sigma[-1]
     variance = alpha**2 + sigma**2
     mean_square = alpha**2 * masked_mean_square(x0, mask)
-    return 0.5 * ((sigma**2 + mean_square) / variance - 1 - torch.log(sigma**2 / variance))
+    result: Tensor = 0.5 * ((sigma**2 + mean_square) / variance - 1 - torch.log(sigma**2 / variance))
+    return result

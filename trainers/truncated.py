@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -57,9 +57,10 @@ class TruncatedTrainer(SamplingTrainer):
         """K in this micro-step; None for all denoising steps."""
         first, final = self.args.last_k_steps, self.args.last_k_steps_final
         if final is None:
-            return first
+            return cast("int | None", first)
         step = self.micro_step // self.args.gradient_accumulation_steps
-        return round(first + (final - first) * step / max(1, self.args.max_steps - 1))
+        result: int | None = round(first + (final - first) * step / max(1, self.args.max_steps - 1))
+        return result
 
     def recompute_activations(self) -> None:
         """Nothing to do: `network` recomputes whole denoising steps, whatever the denoiser supports."""

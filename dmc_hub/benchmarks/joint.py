@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dmc_hub import checkpoint
 from dmc_hub.benchmarks.digits import (
@@ -97,7 +97,7 @@ class JointMiniature:
         """
         path = folder / f"{name}.json"
         if path.is_file():
-            return checkpoint.load_json(path)
+            return cast(dict[str, Any], checkpoint.load_json(path))
         folder.mkdir(parents=True, exist_ok=True)
         data = digit_pictures(self.seed)
         train, held_out = data.part(slice(0, 1200)), data.part(slice(1200, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class DigitMeasures:
         """Pictures of each digit, `(rows, 10, 8, 8, 3)`, from the same noise for all models."""
         prompts = [prompt_of(digit, opening=HELD_OUT_OPENING) for digit in range(len(DIGITS))]
         images = self._pictures(prompts, rows)[0]
-        return images.unflatten(0, (-1, rows)).transpose(0, 1).permute(0, 1, 3, 4, 2).contiguous()
+        return cast(Tensor, images.unflatten(0, (-1, rows)).transpose(0, 1).permute(0, 1, 3, 4, 2).contiguous())
 
     def _pictures(self, prompts: list[str], count: int) -> tuple[Tensor, list[str]]:
         condition = self.policy.repeat(self.policy.prompt_condition(prompts), count)
@@ -164,7 +164,7 @@ def digit_rewards(reader: DigitClassifier) -> dict[str, Reward]:
     """The rewards of `REWARDS` by a classifier."""
 
     def text(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-        return reader(images)[0].gather(1, wanted_digits(prompts)[:, None])[:, 0].clamp(min=-5)
+        return cast(Tensor, reader(images)[0].gather(1, wanted_digits(prompts)[:, None])[:, 0].clamp(min=-5))
 
     def brightness(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
         return images.mean((1, 2, 3)).clamp(max=BRIGHTEST)

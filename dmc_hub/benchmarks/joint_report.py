@@ -107,7 +107,9 @@ def _apart(runs: Sequence[Mapping[str, Any]], models: Mapping[str, Any], measure
 
     def gap(run: Mapping[str, Any]) -> float:
         first, second = run["models"]["base"], run["models"][SINGLES[measure]]
-        return abs(first[measure] - second[measure]) - 1.96 * (first[f"{measure}_error"] + second[f"{measure}_error"])
+        return float(
+            abs(first[measure] - second[measure]) - 1.96 * (first[f"{measure}_error"] + second[f"{measure}_error"])
+        )
 
     return {"over_seeds": over_seeds, "in_each_seed": [gap(run) > 0 for run in runs]}
 

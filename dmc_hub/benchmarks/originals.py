@@ -37,7 +37,7 @@ class ConvBlock(nn.Module):
         self.activation = nn.Mish()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.norm(self.conv(x)[:, :, None])[:, :, 0])
+        return cast(Tensor, self.activation(self.norm(self.conv(x)[:, :, None])[:, :, 0]))
 
 
 class ResidualBlock(nn.Module):
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
         self.residual = nn.Identity() if same else nn.Conv1d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.second(self.first(x) + self.time_projection(time)[:, :, None]) + self.residual(x)
+        return cast(Tensor, self.second(self.first(x) + self.time_projection(time)[:, :, None]) + self.residual(x))
 
 
 def _time_embedding(dim: int) -> nn.Sequential:
@@ -88,7 +88,7 @@ class DiffuserUnet(nn.Module):
             x = block(x, time)
         for first, second, double in cast(Any, self.ups):
             x = double(second(first(torch.cat([x, skips.pop()], dim=1), time), time))
-        return self.head(x).transpose(1, 2)
+        return cast(Tensor, self.head(x).transpose(1, 2))
 
 
 class DiffuserValue(nn.Module):
@@ -119,7 +119,7 @@ class DiffuserValue(nn.Module):
             for block in blocks:
                 x = block(x, time)
             x = half(x)
-        return self.head(torch.cat([x.flatten(1), time], dim=-1))
+        return cast(Tensor, self.head(torch.cat([x.flatten(1), time], dim=-1)))
 
 
 class FourierEmbedding(nn.Module):
@@ -132,7 +132,7 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         angles = timestep[:, None].float() * (2 * math.pi * cast(Tensor, self.frequencies))[None]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return cast(Tensor, self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1)))
 
 
 class CleanDiTBlock(nn.Module):
@@ -152,7 +152,7 @@ class CleanDiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding)[:, None].chunk(6, dim=-1)
         x = self.norm_attention(x) * (1 + scale_a) + shift_a
         x = x + gate_a * self.attention(x, x, x)[0]
-        return x + gate_m * self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
+        return cast(Tensor, x + gate_m * self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m))
 
 
 class CleanDiT(nn.Module):
@@ -178,7 +178,7 @@ class CleanDiT(nn.Module):
         for block in self.blocks:
             x = block(x, embedding)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return cast(Tensor, self.head(self.norm(x) * (1 + scale) + shift))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class PlannerSizes:
             horizon=self.horizon,
             num_inference_steps=self.num_inference_steps,
         )
-        return pipeline.to(device)
+        return cast(DiffuserPlannerPipeline, pipeline.to(device))
 
     def observation(self, seed: int = 0) -> np.ndarray:
         """One observation, `(observation_dim,)`."""

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def reward_cost(count: int, *, seed: int) -> dict[str, Any]:
 def _reward_of(network: nn.Module) -> Callable[..., Tensor]:
     @torch.no_grad()
     def reward(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
-        return network(images).mean((1, 2, 3))
+        return cast(Tensor, network(images).mean((1, 2, 3)))
 
     return reward
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -51,7 +51,7 @@ def _measure(planner: Any, vector_env: Any, count: int, repeats: int, device: st
     seeds = list(range(count))
 
     def controller(observations: Any, generator: torch.Generator | None) -> np.ndarray:
-        return planner(observations, generator=generator).action
+        return cast(np.ndarray, planner(observations, generator=generator).action)
 
     episodes = run_episodes(controller, vector_env, seeds=seeds, generator=_generator(seed))
     length = int(episodes.lengths.max())

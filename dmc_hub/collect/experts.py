@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -150,7 +150,7 @@ def trained_behavior(task: Task, folder: Path, quality: str, *, algorithm: str) 
 
         def act(observation: np.ndarray) -> np.ndarray:
             seen = np.clip((observation - mean) / np.sqrt(variance + 1e-8), -10.0, 10.0).astype(np.float32)
-            return policy.predict(seen, deterministic=False)[0]
+            return cast(np.ndarray, policy.predict(seen, deterministic=False)[0])
 
         return act
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -83,4 +83,4 @@ class _GradedExpert:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Environments clip response to [-1, 1]": they do
             action = self.expert.get_action(seen)
-        return np.clip(action, -1.0, 1.0) + self.grade.noise * self.generator.normal(size=4)
+        return cast(np.ndarray, np.clip(action, -1.0, 1.0) + self.grade.noise * self.generator.normal(size=4))

@@ -97,7 +97,7 @@ def _blocks(source: EpisodeSource) -> Iterator[Episodes]:
 
 def _num_bytes(episode: Episodes) -> int:
     vectors = sum(getattr(episode, name).nbytes for name in VECTOR_COLUMNS)
-    return vectors + sum(frames.nbytes for frames in episode.images.values())
+    return int(vectors + sum(frames.nbytes for frames in episode.images.values()))
 
 
 def _joined(source: EpisodeSource, first: int, gathered: list[Episodes]) -> Episodes:

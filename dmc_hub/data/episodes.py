@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import numpy as np
@@ -129,11 +129,11 @@ class Episodes:
 
     @property
     def observation_dim(self) -> int:
-        return self.observations.shape[1]
+        return int(self.observations.shape[1])
 
     @property
     def action_dim(self) -> int:
-        return self.actions.shape[1]
+        return int(self.actions.shape[1])
 
     @property
     def episode_starts(self) -> np.ndarray:
@@ -272,12 +272,12 @@ class Windows:
     @cached_property
     def _places(self) -> np.ndarray:
         """Where the window of each step starts among the padded rows, int64 of shape `(num_steps,)`."""
-        return np.arange(len(self)) + self._episode_of_step * (self.horizon - 1)
+        return cast(np.ndarray, np.arange(len(self)) + self._episode_of_step * (self.horizon - 1))
 
     @cached_property
     def _acting_places(self) -> np.ndarray:
         """The same of its actions, `num_past_actions` steps earlier."""
-        return self._places + self._episode_of_step * self.num_past_actions
+        return cast(np.ndarray, self._places + self._episode_of_step * self.num_past_actions)
 
     @cached_property
     def _episode_of_step(self) -> np.ndarray:
@@ -324,7 +324,7 @@ class Windows:
     def _history_rows(self, indices: np.ndarray | Tensor) -> np.ndarray:
         steps = _as_indices(indices)
         rows = steps[:, None] + np.arange(1 - self.num_observation_steps, 1)
-        return np.maximum(rows, self.first_steps[steps][:, None])
+        return cast(np.ndarray, np.maximum(rows, self.first_steps[steps][:, None]))
 
 
 def episode_features(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -150,7 +150,7 @@ def _full_log_prob(position: np.ndarray, t: np.ndarray, action: np.ndarray) -> n
 
 def _expert_log_prob(position: np.ndarray, t: np.ndarray, action: np.ndarray) -> np.ndarray:
     gap = (action - optimal_action(position, t)) / EXPERT_NOISE_STD
-    return -0.5 * np.square(gap) - np.log(EXPERT_NOISE_STD * np.sqrt(2.0 * np.pi))
+    return cast(np.ndarray, -0.5 * np.square(gap) - np.log(EXPERT_NOISE_STD * np.sqrt(2.0 * np.pi)))
 
 
 def _partial_log_prob(position: np.ndarray, t: np.ndarray, action: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Walks:
     @property
     def returns(self) -> np.ndarray:
         """Shape `(B,)`."""
-        return self.rewards.sum(axis=1)
+        return cast(np.ndarray, self.rewards.sum(axis=1))
 
 
 @dataclass

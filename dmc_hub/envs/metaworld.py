@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -57,7 +57,7 @@ class MetaWorldEnv(FlatEnv):
     def flatten(self, observation: Any) -> np.ndarray:
         """MetaWorld's vector inside its bounds."""
         space: Any = self.observation_space
-        return np.clip(super().flatten(observation), space.low, space.high)
+        return cast(np.ndarray, np.clip(super().flatten(observation), space.low, space.high))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
 import numpy as np
@@ -45,7 +45,7 @@ def reward_means() -> np.ndarray:
 def reward(next_position: np.ndarray, t: np.ndarray | int) -> np.ndarray:
     """Reward of arriving at `next_position` with the action of step `t` (Eq. 14), in `(0, 1]`."""
     gap = np.asarray(next_position) - reward_means()[t]
-    return np.exp(-0.5 * np.square(gap / REWARD_STD))
+    return cast(np.ndarray, np.exp(-0.5 * np.square(gap / REWARD_STD)))
 
 
 def step(
@@ -154,14 +154,15 @@ def _interpolate(rows: np.ndarray, positions: np.ndarray, t: np.ndarray | int, p
     scaled = (position - positions[0]) / (positions[1] - positions[0])
     left = np.clip(scaled.astype(np.int64), 0, len(positions) - 2)
     weight = scaled - left
-    return (1.0 - weight) * rows[t, left] + weight * rows[t, left + 1]
+    return cast(np.ndarray, (1.0 - weight) * rows[t, left] + weight * rows[t, left + 1])
 
 
 def optimal_q(position: np.ndarray | float, t: np.ndarray | int, action: np.ndarray | float) -> np.ndarray:
     """Return of taking `action` at step `t` from `position`, then acting optimally; arguments broadcast."""
     solution = optimal_value_function()
     next_position, rewards = step(position, action, t)
-    return rewards + _interpolate(solution.values, solution.positions, np.asarray(t) + 1, next_position)
+    result: np.ndarray = rewards + _interpolate(solution.values, solution.positions, np.asarray(t) + 1, next_position)
+    return result
 
 
 def optimal_action(position: np.ndarray | float, t: np.ndarray | int) -> np.ndarray:
@@ -178,7 +179,8 @@ def optimal_action(position: np.ndarray | float, t: np.ndarray | int) -> np.ndar
     unreachable = np.abs(targets - position[..., None]) > STEP_SIZE * (1.0 + 1e-9)
     values = _interpolate(solution.arrival_values, solution.positions, t[..., None], targets)
     best = np.argmax(np.where(unreachable, -np.inf, values), axis=-1)[..., None]
-    return np.clip((np.take_along_axis(targets, best, axis=-1)[..., 0] - position) / STEP_SIZE, -1.0, 1.0)
+    result: np.ndarray = np.clip((np.take_along_axis(targets, best, axis=-1)[..., 0] - position) / STEP_SIZE, -1.0, 1.0)
+    return result
 
 
 def optimal_return(low: float = -1.0, high: float = 1.0) -> float:

@@ -161,7 +161,8 @@ class RestartingVectorEnv(AsyncVectorEnv):
                 f"A worker could not make its environment within {self.timeout:g} s ({type(error).__name__}): call the "
                 "functions in `env_fns` in a process of their own, or raise `timeout`."
             ) from error
-        super()._check_spaces()
+        check: Callable[[], None] = super()._check_spaces
+        check()
 
     def _send(self, index: int, command: str, data: Any) -> None:
         self._pending[index] = command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -133,4 +133,4 @@ def _normalizer(state: Mapping[str, Tensor], path: Path, mode: str) -> Normalize
         values[f"{ours}_shift"], values[f"{ours}_scale"] = (-offset / scale).float(), (1 / scale).float()
     normalizer = Normalizer(len(values["observation_shift"]), len(values["action_shift"]), mode)
     normalizer.load_state_dict(values)
-    return normalizer
+    return cast(Normalizer, normalizer)

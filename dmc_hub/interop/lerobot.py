@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -367,7 +367,7 @@ def _normalizer(
     action_shift, action_scale = _affine(ACTION, "ACTION", modes, statistics, action_dim)
     values = {"observation_shift": shift, "observation_scale": scale}
     normalizer.load_state_dict({**values, "action_shift": action_shift, "action_scale": action_scale})
-    return normalizer
+    return cast(Normalizer, normalizer)
 
 
 def _vision_encoder(
@@ -397,7 +397,7 @@ def _vision_encoder(
     scales = [_affine(name, "VISUAL", modes, statistics, channels) for name in images]
     mean, std = (torch.cat(part) for part in zip(*scales, strict=True))
     num_keypoints = config.get("spatial_softmax_num_keypoints", 32)
-    return build(
+    result: VisionEncoder = build(
         VisionEncoder,
         weights,
         "the image encoder",
@@ -414,6 +414,7 @@ def _vision_encoder(
         image_std=(std + _EPS).tolist(),
         num_channels=channels,
     )
+    return result
 
 
 # ---- Export ----------------------------------------------------------------------------------------------

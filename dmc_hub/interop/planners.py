@@ -258,7 +258,7 @@ def _cleandiffuser_dit(
     dim, token_dim = state["token_projection.weight"].shape
     if num_heads < 1 or dim % num_heads:
         raise InteropError(f"`num_heads` must divide the width {dim}, got {num_heads}.")
-    return build(
+    result: DiffusionTransformer1D = build(
         DiffusionTransformer1D,
         state,
         f"`{path}`",
@@ -271,3 +271,4 @@ def _cleandiffuser_dit(
         position_embedding=position_embedding,
         normalized_residual=True,
     )
+    return result

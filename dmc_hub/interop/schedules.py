@@ -44,7 +44,7 @@ def from_diffusers(config: Mapping[str, Any], *, eta: float) -> TransitionSchedu
         raise InteropError(f"The scheduler's `variance_type` must be 'fixed_small', got {settings['variance_type']!r}.")
     if settings["prediction_type"] not in _PREDICTIONS:
         raise InteropError(f"The scheduler's `prediction_type` is {settings['prediction_type']!r}: unknown here.")
-    return TransitionScheduler(
+    result: TransitionScheduler = TransitionScheduler(
         num_train_timesteps=settings["num_train_timesteps"],
         schedule="tabulated",
         schedule_options={"alpha_bars": stock.alphas_cumprod.double().tolist(), "timestep_spacing": "leading"},
@@ -52,6 +52,7 @@ def from_diffusers(config: Mapping[str, Any], *, eta: float) -> TransitionSchedu
         eta=eta,
         clip_range=settings["clip_sample_range"] if settings["clip_sample"] else None,
     )
+    return result
 
 
 def to_diffusers(scheduler: TransitionScheduler) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def cleandiffuser_scheduler(
     alpha_bars = [float(alpha) for alpha in alphas**2]
     if any(low >= high for high, low in itertools.pairwise(alpha_bars)):
         raise InteropError(f"`num_steps` {num_steps} puts a time past 0.9946, where the cosine schedule ends.")
-    return TransitionScheduler(
+    result: TransitionScheduler = TransitionScheduler(
         num_train_timesteps=num_steps,
         schedule="tabulated",
         schedule_options={"alpha_bars": alpha_bars},
@@ -124,6 +125,7 @@ def cleandiffuser_scheduler(
         eta=eta,
         clip_range=clip_range,
     )
+    return result
 
 
 def _rounded(beta: float) -> float:

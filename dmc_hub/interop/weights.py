@@ -174,7 +174,7 @@ def conditional_unet(state: Mapping[str, Tensor], source: object) -> Conditional
     dims = _dims(state, source)
     timestep_dim = _shape(state, "time_embedding.2.weight", source)[0]
     film = _shape(state, "down.0.first.film.1.weight", source)
-    return build(
+    result: ConditionalUnet1D = build(
         ConditionalUnet1D,
         state,
         source,
@@ -185,6 +185,7 @@ def conditional_unet(state: Mapping[str, Tensor], source: object) -> Conditional
         timestep_dim=timestep_dim,
         cond_predict_scale=film[0] == 2 * dims[0],
     )
+    return result
 
 
 def temporal_unet(state: Mapping[str, Tensor], source: object, *, timestep_embedding: str) -> TemporalUnet:
@@ -192,7 +193,7 @@ def temporal_unet(state: Mapping[str, Tensor], source: object, *, timestep_embed
     dims = _dims(state, source)
     if any(dim % dims[0] for dim in dims):
         raise InteropError(f"The U-Net of {source} has the widths {dims}, not multiples of the first.")
-    return build(
+    result: TemporalUnet = build(
         TemporalUnet,
         state,
         source,
@@ -204,6 +205,7 @@ def temporal_unet(state: Mapping[str, Tensor], source: object, *, timestep_embed
         timestep_dim=_shape(state, "time_embedding.0.weight", source)[1],
         head_kernel_size=_shape(state, "head.0.0.weight", source)[2],
     )
+    return result
 
 
 def _dims(state: Mapping[str, Tensor], source: object) -> list[int]:

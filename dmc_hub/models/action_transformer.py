@@ -38,7 +38,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.projection(_merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True)))
+        result: Tensor = self.projection(
+            _merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+        )
+        return result
 
 
 class CrossAttention(nn.Module):
@@ -54,7 +57,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         query = _split_heads(self.query(x), self.num_heads)
         key, value = (_split_heads(part, self.num_heads) for part in self.key_value(memory).chunk(2, dim=-1))
-        return self.projection(_merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
+        result: Tensor = self.projection(
+            _merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+        )
+        return result
 
 
 class DecoderBlock(nn.Module):
@@ -72,7 +78,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attention(self.norm_self(x))
         x = x + self.cross_attention(self.norm_cross(x), memory, mask)
-        return x + self.mlp(self.norm_mlp(x))
+        result: Tensor = x + self.mlp(self.norm_mlp(x))
+        return result
 
 
 class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -193,7 +200,8 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"`condition` must have shape {expected}, {steps} observations of {self.config.observation_dim}; "
                 f"got {given}."
             )
-        return self.observation_projection(condition.unflatten(1, (steps, -1)))
+        result: Tensor = self.observation_projection(condition.unflatten(1, (steps, -1)))
+        return result
 
     def _memory_mask(self, sample: Tensor) -> Tensor:
         """What each step may see: the first token, the diffusion step's, and observations up to its own time."""
@@ -208,7 +216,8 @@ class ActionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    result: Tensor = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return result
 
 
 def _merge_heads(x: Tensor) -> Tensor:

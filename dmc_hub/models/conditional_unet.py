@@ -57,7 +57,8 @@ class FiLMResidualBlock(nn.Module):
             hidden = scale * hidden + bias
         else:
             hidden = hidden + film
-        return self.block_out(hidden) + self.residual(x)
+        result: Tensor = self.block_out(hidden) + self.residual(x)
+        return result
 
 
 class Level(nn.Module):

@@ -63,7 +63,8 @@ class TwinQCritic(ModelMixin, ConfigMixin):
 
     def value(self, observations: Tensor) -> Tensor:
         """State values of shape `(...)`."""
-        return self.v(observations.to(self.dtype)).squeeze(-1).float() * self.config.value_scale
+        result: Tensor = self.v(observations.to(self.dtype)).squeeze(-1).float() * self.config.value_scale
+        return result
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The pessimistic action value `min(Q1, Q2)` of shape `(...)`, in units of the return."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_1d import UNet1DOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_T = TypeVar("_T")
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -64,7 +66,7 @@ class StepCache:
         finally:
             self.is_open = False
 
-    def __call__(self, timestep: float | Tensor, like: Tensor, compute: Callable[[], Any]) -> Any:
+    def __call__(self, timestep: float | Tensor, like: Tensor, compute: Callable[[], _T]) -> _T:
         """What `compute` returns, or returned before for this timestep, dtype and device."""
         if not self.is_open or torch.is_grad_enabled() or isinstance(timestep, Tensor):
             return compute()
@@ -73,7 +75,8 @@ class StepCache:
             if len(self._kept) >= 1024:
                 self._kept.clear()
             self._kept[key] = compute()
-        return self._kept[key]
+        value: _T = self._kept[key]
+        return value
 
 
 def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -115,14 +118,16 @@ class AdaLNZeroBlock(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.projection(mixed.transpose(1, 2).flatten(-2))
+        result: Tensor = self.projection(mixed.transpose(1, 2).flatten(-2))
+        return result
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """`modulation` is that of the embedding, `(batch, 6 dim)` or for all samples `(1, 6 dim)`."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         hidden = modulate(self.norm_attention(x), shift_a, scale_a)
         x = (hidden if self.normalized_residual else x) + gate_a[:, None] * self.attention(hidden)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        result: Tensor = x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        return result
 
 
 class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -217,13 +222,15 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _time_embedding(self, timestep: Tensor | float, like: Tensor) -> Tensor:
         embed = EMBEDDINGS.get(self.config.timestep_embedding, sinusoidal_embedding)
         timesteps = torch.as_tensor(timestep, device=like.device).reshape(-1)
-        return self.time_embedding(embed(timesteps, self.config.timestep_dim).to(like.dtype))
+        result: Tensor = self.time_embedding(embed(timesteps, self.config.timestep_dim).to(like.dtype))
+        return result
 
     def _condition_embedding(self, condition: Tensor | None) -> Tensor:
         assert self.condition_embedding is not None
         assert condition is not None
         if not self._of_step.is_open or torch.is_grad_enabled():
-            return self.condition_embedding(condition)
+            result: Tensor = self.condition_embedding(condition)
+            return result
         if self._encoded is None or self._encoded[0] is not condition:
             self._encoded = condition, self.condition_embedding(condition)
         return self._encoded[1]
@@ -269,7 +276,8 @@ class DiffusionTransformer1D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for block, modulation in zip(self.blocks, modulations):
             x = block(x, modulation)
         shift, scale = modulations[-1].chunk(2, dim=-1)
-        return self.head(modulate(self.norm(x), shift, scale))
+        result: Tensor = self.head(modulate(self.norm(x), shift, scale))
+        return result
 
     def _check(self, sample: Tensor, condition: Tensor | None) -> None:
         width = self.config.token_dim + self.config.draft_dim

@@ -54,4 +54,5 @@ class InverseDynamics(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"`observations` and `next_observations` must have the same shape (..., {width}), got "
                 f"{tuple(observations.shape)} and {tuple(next_observations.shape)}."
             )
-        return self.network(torch.cat([observations, next_observations], dim=-1).to(self.dtype)).float()
+        result: Tensor = self.network(torch.cat([observations, next_observations], dim=-1).to(self.dtype)).float()
+        return result

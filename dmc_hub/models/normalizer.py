@@ -6,7 +6,7 @@ This file travels to the Hub with every pipeline: it imports torch, numpy and di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ class Normalizer(ModelMixin, ConfigMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Normalizer:
         """As in diffusers, but the statistics are read as float32 whatever dtype is asked for."""
         others = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
-        return super().from_pretrained(*args, **others)
+        result: Normalizer = super().from_pretrained(*args, **others)
+        return result
 
     @classmethod
     def from_data(
@@ -69,7 +70,7 @@ class Normalizer(ModelMixin, ConfigMixin):
             for statistic, values, neutral in (("shift", shift, 0.0), ("scale", scale, 1.0)):
                 buffer = getattr(normalizer, f"{name}_{statistic}").fill_(neutral)
                 buffer[: len(values)] = torch.from_numpy(values)
-        return normalizer
+        return cast(Normalizer, normalizer)
 
     def observation_batch(self, observation: np.ndarray | Tensor, num_steps: int = 1) -> Tensor:
         """Check an observation from outside and return it as a float32 batch `(B, num_steps, observation_dim)`.
@@ -103,19 +104,23 @@ class Normalizer(ModelMixin, ConfigMixin):
 
     def normalize_observations(self, observations: Tensor) -> Tensor:
         """From the environment's units; shape `(..., observation_dim)`."""
-        return (observations - self._fitted(self.observation_shift)) / self.observation_scale
+        result: Tensor = (observations - self._fitted(self.observation_shift)) / self.observation_scale
+        return result
 
     def unnormalize_observations(self, observations: Tensor) -> Tensor:
         """To the environment's units; shape `(..., observation_dim)`."""
-        return observations * self.observation_scale + self._fitted(self.observation_shift)
+        result: Tensor = observations * self.observation_scale + self._fitted(self.observation_shift)
+        return result
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """From the environment's units; shape `(..., action_dim)`."""
-        return (actions - self._fitted(self.action_shift)) / self.action_scale
+        result: Tensor = (actions - self._fitted(self.action_shift)) / self.action_scale
+        return result
 
     def unnormalize_actions(self, actions: Tensor) -> Tensor:
         """To the environment's units; shape `(..., action_dim)`."""
-        return actions * self.action_scale + self._fitted(self.action_shift)
+        result: Tensor = actions * self.action_scale + self._fitted(self.action_shift)
+        return result
 
     def _fitted(self, statistics: Tensor) -> Tensor:
         if torch.isnan(statistics).any():

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +17,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_1d import UNet1DOutput
 from torch import Tensor, nn
+
+_T = TypeVar("_T")
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -64,7 +66,7 @@ class StepCache:
         finally:
             self.is_open = False
 
-    def __call__(self, timestep: float | Tensor, like: Tensor, compute: Callable[[], Any]) -> Any:
+    def __call__(self, timestep: float | Tensor, like: Tensor, compute: Callable[[], _T]) -> _T:
         """What `compute` returns, or returned before for this timestep, dtype and device."""
         if not self.is_open or torch.is_grad_enabled() or isinstance(timestep, Tensor):
             return compute()
@@ -73,7 +75,8 @@ class StepCache:
             if len(self._kept) >= 1024:
                 self._kept.clear()
             self._kept[key] = compute()
-        return self._kept[key]
+        value: _T = self._kept[key]
+        return value
 
 
 def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -105,7 +108,8 @@ class ResidualTemporalBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         """`shift` is the time embedding's projection, `(batch, out_channels, 1)` or for all samples `(1, ...)`."""
-        return self.block_out(self.block_in(x) + shift) + self.residual(x)
+        result: Tensor = self.block_out(self.block_in(x) + shift) + self.residual(x)
+        return result
 
 
 class Level(nn.Module):
@@ -254,4 +258,5 @@ class TemporalUnet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x, _ = self.middle(x, next(remaining))
         for level in self.up:
             x, _ = level(torch.cat([x, skips.pop()], dim=1), next(remaining))
-        return self.head(x).transpose(1, 2)
+        result: Tensor = self.head(x).transpose(1, 2)
+        return result

@@ -198,7 +198,8 @@ class _CameraEncoder(nn.Module):
         if self.projection is None:
             return features
         projected = self.projection(features)
-        return projected.relu() if self.projection_relu else projected
+        result: Tensor = projected.relu() if self.projection_relu else projected
+        return result
 
 
 class _ResNet(nn.Module):
@@ -236,7 +237,8 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        return (hidden + self.downsample(x)).relu()
+        result: Tensor = (hidden + self.downsample(x)).relu()
+        return result
 
 
 class _FixedBatchNorm(nn.BatchNorm2d):

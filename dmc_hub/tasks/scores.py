@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -46,4 +46,4 @@ def share_with_subtasks(returns: np.ndarray, num_subtasks: int) -> np.ndarray:
         Float64 of shape `(num_subtasks,)`: `p_1` to `p_n`.
     """
     wanted = np.arange(1, num_subtasks + 1)
-    return (np.round(np.asarray(returns))[:, None] >= wanted).mean(axis=0)
+    return cast(np.ndarray, (np.round(np.asarray(returns))[:, None] >= wanted).mean(axis=0))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from gymnasium.error import NoAsyncCallError
 
+from dmc_hub.envs.flat import FlatEnv
 from dmc_hub.envs.workers import RestartingVectorEnv, WorkerFailureWarning
 from dmc_hub.evaluation import evaluate
 from dmc_hub.rollout import run_episodes
@@ -48,7 +49,7 @@ class Fragile(gym.Env[np.ndarray, np.ndarray]):
         return self._observation(), reward, is_over and self.seed % 2 == 0, is_over and self.seed % 2 == 1, {}
 
     def _observation(self) -> np.ndarray:
-        broken = {"nan": [np.nan], "shape": [0.0, 0.0], "words": ["a"]}
+        broken = {"nan": [np.nan], "shape": [0.0, 0.0], "words": ["a"], "far outside": [151.0], "outside": [150.0]}
         return np.array(broken.get(self.broken, [self.state]))
 
     def _fail_if_due(self) -> None:
@@ -120,6 +121,38 @@ def test_a_worker_that_fails_is_restarted_and_its_episode_repeated(
     assert len(rollouts.failed_seeds) == 0
     # 7 episodes and the repetition, of which every call counts once
     assert rollouts.visited.sum() == rollouts.lengths.sum()
+
+
+class Bounded(Fragile):
+    """Says that its observations lie in a range of 100."""
+
+    observation_space = gym.spaces.Box(-50.0, 50.0, (1,), np.float32)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_observation_far_outside_its_space_is_a_failure(step: int, tmp_path: Path) -> None:
+    environments = RestartingVectorEnv([functools.partial(Bounded, {4: (step, "far outside")}, tmp_path)] * 2)
+    message = rf"at step {step} of the episode with seed 4: its observation \[151\.\] is far outside Box\(-50\.0, 50\.0"
+    with pytest.warns(WorkerFailureWarning, match=message):
+        rollouts = run_episodes(halve, environments, seeds=range(3, 6))
+    environments.close()
+    assert_same_episodes(rollouts, healthy(range(3, 6)))
+
+
+def test_an_observation_up_to_one_range_outside_its_space_is_taken() -> None:
+    environments = RestartingVectorEnv([functools.partial(Bounded, {4: (2, "outside")})])
+    rollouts = run_episodes(halve, environments, seeds=[4])
+    environments.close()
+    assert rollouts.next_observations.max() == 150.0
+
+
+def test_actions_outside_their_space_are_clipped_in_the_worker() -> None:
+    """gymnasium's workers pass them on as they are."""
+    environments = RestartingVectorEnv([lambda: FlatEnv(Fragile({}))] * 2)
+    rollouts = run_episodes(lambda observations, _: np.full_like(observations, 1000.0), environments, seeds=range(3, 5))
+    environments.close()
+    np.testing.assert_array_equal(rollouts.next_observations[:, :3, 0], [[13, 23, 33], [14, 24, 34]])
+    assert not environments.single_action_space.contains(rollouts.actions[0, 0])
 
 
 def test_an_episode_that_fails_always_is_given_up_and_named() -> None:

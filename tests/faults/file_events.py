@@ -226,10 +226,10 @@ def main(scenario: str, folder: Path, every: int) -> None:
 def cases(quick: bool) -> Iterator[Case]:
     """Of both rows."""
     yield Case(2, "a trainer that keeps one checkpoint", partial(under_events, "train", every=40 if quick else 1))
-    yield Case(2, "the sequential aligner", partial(under_events, "align", every=400 if quick else 29))
+    yield Case(2, "the sequential aligner", partial(under_events, "align", every=400 if quick else 5))
     for name in ERRORS:
-        yield Case(6, name, partial(under_events, f"raise:{name}", every=60 if quick else 8))
-    yield Case(6, "no space, going on", partial(under_events, "warn:no space", every=60 if quick else 8))
+        yield Case(6, name, partial(under_events, f"raise:{name}", every=60 if quick else 1))
+    yield Case(6, "no space, going on", partial(under_events, "warn:no space", every=60 if quick else 1))
     yield Case(6, "too little room for the next save", too_little_room)
 
 

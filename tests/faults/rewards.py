@@ -86,29 +86,33 @@ def while_training(name: str, folder: Path) -> None:
     must(all(torch.equal(value, after[key]) for key, value in before.items()), "the weights were changed")
 
 
-def on_one_process(folder: Path) -> None:
-    """It hangs on one of two: both end with an exit code within the time limit and 5 s."""
+def on_one_process(fault: str, method: str, folder: Path) -> None:
+    """Both of two processes end with an exit code and an error that names the one, within the time limit and 5 s."""
+    function, words = FAULTS[fault]
 
     def work() -> None:
         calls: list[int] = []
 
-        def reward(observations: Tensor, actions: Tensor) -> Tensor:
+        def reward(observations: Tensor, actions: Tensor) -> Any:
             calls.append(0)
-            if len(calls) > 1 and rank() == 1:
-                (folder / "hangs").write_text(str(time.time()))
-                time.sleep(3600)
-            return actions[:, 0, 0]
+            if len(calls) == 1 or rank() == 0:
+                return actions[:, 0, 0]
+            (folder / "fails").write_text(str(time.time()))
+            return function(observations, actions)
 
         try:
-            _trainer("sft", reward).train()
-        except RewardError:
-            (folder / "error").write_text("ours")
+            _trainer(method, reward).train()
+        except RewardError as error:
+            (folder / f"error-{rank()}").write_text(str(error))
             raise
 
     codes = end_of(start_two(work, folder), 90)
-    seconds = time.time() - float((folder / "hangs").read_text())
-    must(0 not in codes and None not in codes, f"the processes ended with {codes}")
-    must((folder / "error").is_file(), "another error")
+    seconds = time.time() - float((folder / "fails").read_text())
+    must(codes == [1, 1], f"the processes ended with {codes}", folder / "rank-0.log")
+    for index in (0, 1):
+        said = folder / f"error-{index}"
+        must(said.is_file(), f"process {index} had another error", folder / f"rank-{index}.log")
+        must("process 1: " in said.read_text() and words in said.read_text(), said.read_text())
     must(seconds < SECONDS + 5, f"it took {seconds:.1f} s")
 
 
@@ -136,5 +140,8 @@ def cases(quick: bool) -> Iterator[Case]:
     for name in FAULTS:
         yield Case(12, f"{name}, before training", partial(before_training, name))
         yield Case(12, f"{name}, while training", partial(while_training, name))
-    yield Case(12, "hangs on one of two processes", on_one_process)
+    for name in ("hangs", "raises", "NaN"):
+        yield Case(12, f"{name} on one of two processes", partial(on_one_process, name, "sft"))
+    for method in ("ddpo_running", "reward_gradient", "nft", "dpo"):
+        yield Case(12, f"raises on one of two processes, {method}", partial(on_one_process, "raises", method))
     yield Case(12, "no gradient where one is needed", without_gradient)

@@ -28,6 +28,7 @@ SELECTION = [
     "11/NaN once",
     "12/hangs, while training",
     "12/raises, before training",
+    "12/raises on one of two processes",
     "14/one process dies",
     "16/verify=False",
     "17/optimizer.pt of a checkpoint",

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
 from dmc_hub import DiffuserPlannerPipeline, DiffusionPolicyPipeline
+from dmc_hub.checkpoint import CheckpointError
 from dmc_hub.hub import load_pipeline
 from dmc_hub.models.dit import DiffusionTransformer1D
 
@@ -68,6 +69,26 @@ def test_the_second_time_it_loads_offline(
     served = hub.requests.total()
     np.testing.assert_array_equal(act(load_pipeline("alice/planner")), act(make_planner()))
     assert hub.requests.total() == served
+
+
+@pytest.mark.parametrize("name", ["denoiser/diffusion_pytorch_model.safetensors", "denoiser/config.json"])
+def test_a_damaged_copy_of_a_pipeline_is_downloaded_once_more(
+    name: str, hub: Any, make_planner: Callable[..., Any], act: Callable[..., Any]
+) -> None:
+    """Also if nothing but its checksum tells: a digit of a configuration, a bit of a weight."""
+    commit = make_planner().push_to_hub("alice/planner").revision
+    load_pipeline("alice/planner")
+    copy = Path(hf_hub_download("alice/planner", name, revision=commit)).resolve()
+    good = copy.read_bytes()
+    bad = good[:-1] + bytes([good[-1] ^ 1]) if name.endswith("safetensors") else good.replace(b": 8", b": 9")
+    assert bad != good
+    copy.write_bytes(bad)
+    np.testing.assert_array_equal(act(load_pipeline("alice/planner")), act(make_planner()))
+    assert copy.read_bytes() == good
+    hub.files("alice/planner")[name] = bad
+    copy.write_bytes(bad)
+    with pytest.raises(CheckpointError, match=f"{name} is not the file that the manifest lists.*second download"):
+        load_pipeline("alice/planner")
 
 
 def test_no_code_of_the_repo_is_downloaded_or_run(

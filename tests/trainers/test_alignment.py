@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from dmc_hub import checkpoint
 from dmc_hub.data import Episodes
+from dmc_hub.errors import SaveError
 from dmc_hub.trainers.alignment import AlignmentConfig, SequentialAligner, StageResult
 from dmc_hub.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig
@@ -194,6 +196,51 @@ def test_a_stage_continues_from_its_last_checkpoint(
     for name, value in adapter(whole).items():
         assert torch.equal(value, adapter(resumed)[name]), name
     assert not list((tmp_path / "cut" / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "on_save_error"),
+    [
+        ("stages/.01-reward", "raise"),
+        ("stages/.01-reward", "warn"),
+        ("unfinished/01-reward", "warn"),
+        ("alignment_log", "warn"),
+    ],
+)
+def test_what_cannot_be_written_ends_the_run_or_the_writing(
+    place: str,
+    on_save_error: str,
+    make_pipeline: MakePipeline,
+    episodes: Episodes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever: with room again, a run in the same folder goes on and ends as one that always had room."""
+    settings: dict[str, Any] = {"validations_per_stage": 2, "methods": ["reward_gradient", "dpo"]}
+    whole = make_pipeline("policy")
+    expected = make_aligner(whole, episodes, tmp_path / "whole", **settings).run()
+    write, folder = checkpoint.write_text, tmp_path / "cut"
+
+    def on_a_full_disk(path: Path, text: str) -> None:
+        if place in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", on_a_full_disk)
+    first = make_pipeline("policy")
+    aligner = make_aligner(first, episodes, folder, on_save_error=on_save_error, **settings)
+    if on_save_error == "raise":
+        with pytest.raises(SaveError, match=r"cannot be written \(.*No space left on device.*bytes free"):
+            aligner.run()
+    else:
+        with pytest.warns(UserWarning, match="Alignment goes on, and writes no more stages: `.*cannot be written"):
+            assert without_time(aligner.run()) == without_time(expected)
+        assert all(torch.equal(value, adapter(first)[name]) for name, value in adapter(whole).items())
+    monkeypatch.setattr(checkpoint, "write_text", write)
+    assert not (folder / "stages" / "02-dpo").exists()
+    resumed = make_pipeline("policy")
+    assert without_time(make_aligner(resumed, episodes, folder, **settings).run()) == without_time(expected)
+    assert all(torch.equal(value, adapter(resumed)[name]) for name, value in adapter(whole).items())
 
 
 class Script:

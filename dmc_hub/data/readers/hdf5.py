@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def read_rows(node: Any, start: int, stop: int) -> np.ndarray:
         ValueError: naming file and key, when they cannot be read.
     """
     try:
-        return node[start:stop]
+        return cast(np.ndarray, node[start:stop])
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"`{node.file.filename}`: {node.name.lstrip('/')!r} cannot be read from row {start}: {error}. "

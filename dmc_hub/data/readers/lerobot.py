@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -302,4 +302,4 @@ def _numbers(name: str, table: pa.Table, key: str) -> np.ndarray:
         raise ValueError(f"`{name}`: {key!r} must hold numbers, but has the type {column.type}.")
     if is_list and len(pc.unique(pc.list_value_length(column))) > 1:
         raise ValueError(f"`{name}`: {key!r} has lists of different lengths.")
-    return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return cast(np.ndarray, values.to_numpy(zero_copy_only=False).reshape(len(column), -1))

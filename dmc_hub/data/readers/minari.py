@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class MinariSource(EpisodeSource):
         folder = get_dataset_path(source)
         if not (folder / "data").is_dir():
             minari.download_dataset(source)
-        return folder
+        return cast(Path, folder)
 
     @cached_property
     def contents(self) -> Contents:

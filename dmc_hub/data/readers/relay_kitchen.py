@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -98,11 +98,11 @@ class RelayKitchenSource(EpisodeSource):
         check_numeric(str(self.path), name, values.dtype)
         if values.ndim < 2:
             raise ValueError(f"`{path}` has the shape {values.shape}; time, episode and entries are due.")
-        return values
+        return cast(np.ndarray, values)
 
     def _lengths(self, mask: np.ndarray) -> np.ndarray:
         """Number of steps of every episode."""
-        return np.asarray(mask).astype(bool).sum(axis=self._time_axis(np.asarray(mask)))
+        return cast(np.ndarray, np.asarray(mask).astype(bool).sum(axis=self._time_axis(np.asarray(mask))))
 
     def _time_axis(self, mask: np.ndarray) -> int:
         exists = mask.astype(bool)

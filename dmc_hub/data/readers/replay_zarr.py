@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import os
 import struct
 import zipfile
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from dmc_hub.errors import DmcHubError
 _BLOSC_HEADER = struct.Struct("<4xI4xI")  # c-blosc's README_CHUNK_FORMAT: ..., nbytes, blocksize, cbytes
 _ENDS = "meta/episode_ends"
 _ROUNDING = 0.02
+MAX_CHUNKS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ class ReplayZarrSource(EpisodeSource):
                 f"`{self.path}`: {key!r} must hold pixels, whole numbers in 0..255; got {values.dtype} "
                 f"in {values.min()}..{values.max()}."
             )
-        return rounded.astype(np.uint8)
+        return cast(np.ndarray, rounded.astype(np.uint8))
 
     def _episode_ends(self, group: Any, num_steps: int) -> list[int]:
         ends = self._read(group, _ENDS, 0, group[_ENDS].shape[0])
@@ -160,7 +162,7 @@ class ReplayZarrSource(EpisodeSource):
             )
         if ends[-1] != num_steps:
             raise ValueError(f"`{self.path}`: {_ENDS!r} ends at {ends[-1]}, but the actions have {num_steps} rows.")
-        return ends.tolist()
+        return cast(list[int], ends.tolist())
 
     def _read(self, group: Any, key: str, start: int, end: int) -> np.ndarray:
         try:
@@ -259,7 +261,7 @@ def _metadata(files: _Files, key: str, known: Sequence[str]) -> dict[str, Any]:
     try:
         content = json.loads(files.read(name, 1 << 20))
         dtype = np.dtype(content["dtype"])
-        shape, chunks = ([int(size) for size in content[field]] for field in ("shape", "chunks"))
+        shape, chunks = ([operator.index(size) for size in content[field]] for field in ("shape", "chunks"))
         codecs = [codec["id"] for codec in [content["compressor"], *(content["filters"] or [])] if codec is not None]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{where} has damaged metadata: {error!r}. Copy it again.") from error
@@ -271,8 +273,11 @@ def _metadata(files: _Files, key: str, known: Sequence[str]) -> dict[str, Any]:
     chunk_bytes = math.prod(chunks) * dtype.itemsize
     if chunk_bytes > MAX_CHUNK_BYTES:
         raise ValueError(f"{where} has chunks of {chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each.")
+    counts = [-(-size // chunk) for size, chunk in zip(shape, chunks)]
+    if math.prod(counts) > MAX_CHUNKS:
+        raise ValueError(f"{where} declares {math.prod(counts):,} chunks; up to {MAX_CHUNKS:,} are read.")
     separator = content.get("dimension_separator", ".")
-    for cell in itertools.product(*(range(-(-size // chunk)) for size, chunk in zip(shape, chunks))):
+    for cell in itertools.product(*map(range, counts)):
         chunk = f"{key}/{separator.join(map(str, cell))}"
         if chunk not in files.sizes and key == "data/reward":
             continue  # zarr 3 writes no chunk of zeros, which sparse rewards have
@@ -288,4 +293,4 @@ def _metadata(files: _Files, key: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _row_bytes(array: Any) -> int:
-    return math.prod(array.shape[1:]) * array.dtype.itemsize
+    return int(math.prod(array.shape[1:]) * array.dtype.itemsize)

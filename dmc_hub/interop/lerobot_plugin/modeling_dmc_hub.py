@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -53,7 +53,7 @@ class DmcHubPolicy(PreTrainedPolicy):
             config = PreTrainedConfig.from_pretrained(folder)
         policy = cls(config, folder)
         policy.to(config.device)
-        return policy.eval()
+        return cast(DmcHubPolicy, policy.eval())
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move the whole pipeline."""

@@ -178,6 +178,8 @@ def change_metadata(folder: Path, **changes: Any) -> None:
             "lacks its chunk 'data/state/0.0'|the chunk 'data/state/0.0' is damaged",
         ),
         ({"shape": [-1, 5]}, r"has the shape \[-1, 5\]"),
+        ({"shape": [10**11, 5], "chunks": [1, 5]}, "declares 100,000,000,000 chunks; up to 1,000,000 are read"),
+        ({"shape": [float("inf"), 5]}, "'data/state' has damaged metadata"),
     ],
 )
 def test_nothing_is_read_that_metadata_should_not_say(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
