@@ -245,6 +245,13 @@ class EvaluateArguments:
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     num_upsampling_passes: int = field(default=0, metadata={"help": "Passes through the pipeline's up-sampler."})
+    early_ranking: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Two shares, 0.5 0.25 say: after that share of the denoising steps the critic ranks the "
+            "candidates, and that share of them is denoised to the end. All are by default."
+        },
+    )
     num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
     first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})

@@ -305,6 +305,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         "action_selection": arguments.action_selection,
         "num_inference_steps": arguments.num_inference_steps,
         "num_upsampling_passes": arguments.num_upsampling_passes,
+        "early_ranking": None if arguments.early_ranking is None else tuple(arguments.early_ranking),
         "num_workers": arguments.num_workers,
         "worker_timeout": arguments.worker_timeout,
         "cache_dir": None if arguments.cache_dir is None else Path(arguments.cache_dir),

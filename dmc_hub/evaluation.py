@@ -65,6 +65,7 @@ class Evaluation:
     failed_seeds: theirs.
     candidate_diversity: see `candidate_diversity`; averaged over the visited states.
     coherency: mean of the coherency scores over the visited states, or None where none were asked for.
+    early_ranking: see the pipelines' call; `candidate_diversity` is then of the candidates that were finished.
     wall_seconds: seconds spent running the episodes.
     steps: the episodes step by step, those that were found in a cache left out; None where all were. Not part of
         `to_dict`.
@@ -83,6 +84,7 @@ class Evaluation:
     generator_seed: int
     wall_seconds: float
     steps: Rollouts | None
+    early_ranking: tuple[float, float] | None = None
 
     @property
     def rollouts(self) -> Rollouts:
@@ -303,6 +305,7 @@ def evaluate(
     action_selection: str,
     num_inference_steps: int | None = None,
     num_upsampling_passes: int = 0,
+    early_ranking: tuple[float, float] | None = None,
     generator_seed: int = 0,
     cache: EvaluationCache | None = None,
     optimal_return: float | None = None,
@@ -330,6 +333,7 @@ def evaluate(
         action_selection: `"greedy"`, `"expectation"` or `"softmax"`.
         num_inference_steps: denoising steps; None for the pipeline's own number.
         num_upsampling_passes: passes through the pipeline's up-sampler; 0, and the pipeline need not know the keyword.
+        early_ranking: shares of the denoising steps and of the candidates; None, and it need not know the keyword.
         generator_seed: part of every batch's seed of its noise.
         cache: of batches, read and written; None runs everything.
         optimal_return: the known optimum, for `share_of_optimum`.
@@ -355,8 +359,8 @@ def evaluate(
         "action_selection": action_selection,
         "num_inference_steps": num_inference_steps,
     }
-    cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
-    watched = _Watched(pipeline, {**options, **cascade}, coherency)
+    special: dict[str, Any] = {"num_upsampling_passes": num_upsampling_passes, "early_ranking": early_ranking}
+    watched = _Watched(pipeline, {**options, **{name: value for name, value in special.items() if value}}, coherency)
     generator = torch.Generator()
 
     def on_reset(batch: list[int]) -> None:
@@ -388,7 +392,7 @@ def evaluate(
         optimal_return=optimal_return,
         objective=objective,
         failed_seeds=tuple(seed for seed in seeds if seed not in records),
-        num_upsampling_passes=num_upsampling_passes,
+        **special,
         generator_seed=generator_seed,
         wall_seconds=time.perf_counter() - started,
         steps=steps,

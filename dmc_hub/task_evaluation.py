@@ -36,6 +36,7 @@ def evaluate_on_task(
     action_selection: str,
     num_inference_steps: int | None = None,
     num_upsampling_passes: int = 0,
+    early_ranking: tuple[float, float] | None = None,
     generator_seed: int = 0,
     num_workers: int = 0,
     worker_timeout: float = 60.0,
@@ -55,6 +56,7 @@ def evaluate_on_task(
         action_selection: "greedy", "expectation" or "softmax".
         num_inference_steps: denoising steps; None for the pipeline's own number.
         num_upsampling_passes: passes through the pipeline's up-sampler.
+        early_ranking: see the pipelines' call.
         generator_seed: see `dmc_hub.evaluation.evaluate`.
         num_workers: processes that run one environment each, side by side; 0 runs as many as the task allows here.
         worker_timeout: seconds that a worker has for one step.
@@ -69,6 +71,7 @@ def evaluate_on_task(
         "action_selection": action_selection,
         "num_inference_steps": num_inference_steps,
         "num_upsampling_passes": num_upsampling_passes,
+        "early_ranking": early_ranking,
         "generator_seed": generator_seed,
         "optimal_return": None if task.optimal_return is None else task.optimal_return(),
         "objective": task.objective,
@@ -115,6 +118,8 @@ def _cache_settings(
 ) -> dict[str, Any]:
     """All that a batch of episodes depends on besides its seeds."""
     decisions = {name: options[name] for name in ("num_candidates", "action_selection", "num_upsampling_passes")}
+    if options["early_ranking"] is not None:
+        decisions["early_ranking"] = list(options["early_ranking"])
     return {
         **decisions,
         "num_inference_steps": options["num_inference_steps"] or pipeline.config.num_inference_steps,

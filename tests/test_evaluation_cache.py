@@ -119,6 +119,7 @@ def test_worker_processes_change_nothing(policy: DiffusionPolicyPipeline, monkey
         {"generator_seed": 1},
         {"num_workers": 2},
         {"num_inference_steps": 1},
+        {"early_ranking": (0.5, 0.5)},
     ],
 )
 def test_other_ways_to_decide_are_not_read(
@@ -192,3 +193,16 @@ def test_the_command_keeps_what_it_has_run(
     assert runs.seeds == [2_000_000 + i for i in range(4)]
     assert main([*command[:-2], "--num-workers", "-1"]) == 2
     assert "`num_workers` must not be negative, got -1" in capsys.readouterr().err
+
+
+def test_the_command_ranks_early(
+    policy: DiffusionPolicyPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy.save_pretrained(tmp_path / "policy")
+    command = ["evaluate", "--task", "nav1d-full", "--pipeline", str(tmp_path / "policy"), "--num-episodes", "2"]
+    assert main([*command, "--num-candidates", "4", "--early-ranking", "0.5", "0.25"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["early_ranking"] == [0.5, 0.25]
+    assert result["candidate_diversity"] == 0.0, "one candidate is left of four"
+    assert main([*command, "--early-ranking", "0.5"]) == 2
+    assert "`early_ranking` must be two shares" in capsys.readouterr().err
