@@ -104,6 +104,8 @@ def table(folder: Path) -> str:
     for result in results.values():
         if "growth" in result:
             lines += ["", *_growth(result["growth"])]
+        if "quality" in result:
+            lines += ["", *_ranking(result)]
         if "most_expensive" in result:
             lines += ["", f"Most expensive in `{result['command']}`:", "", *_operations(result["most_expensive"])]
     return "\n".join(lines) + "\n"
@@ -121,6 +123,22 @@ def _growth(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, row in rows.items():
         values, times = (", ".join(f"{each:,}" for each in row[key]) for key in ("values", "milliseconds"))
         lines.append(f"| {name} | {values} | {times} | {row['exponent']:.2f} |")
+    return lines
+
+
+def _ranking(result: Mapping[str, Any]) -> list[str]:
+    time, quality = result["time"], result["quality"]
+    names = ["one candidate", time["floor"], *time["ratio"]]
+    lines = [
+        f"| early ranking of {result['num_candidates']} candidates | processor time of a decision, fastest | share of "
+        f"the gain in value, {quality['task']} | return, {quality['num_episodes']} episodes |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        row, ratio = quality[name], {time["floor"]: 1.0, **time["fastest_ratio"]}.get(name)
+        earned = row["return"]
+        figures = f"{row['share_of_gain']:.2f} | {earned['mean']:.2f} [{earned['low']:.2f}, {earned['high']:.2f}]"
+        lines.append(f"| {name} | {'' if ratio is None else f'{ratio:.2f}'} | {figures} |")
     return lines
 
 
