@@ -35,6 +35,10 @@ class TaskArguments:
         default_factory=list,
         metadata={"help": "Kinds of defects, as `dmc-hub data validate` names them, to train on all the same."},
     )
+    profile: str | None = field(
+        default=None,
+        metadata={"help": "New folder for a trace of a few steps of each part, and a table of the dearest operations."},
+    )
 
 
 @dataclass(kw_only=True)
@@ -272,6 +276,10 @@ class EvaluateArguments:
     )
     videos: str | None = field(
         default=None, metadata={"help": "Folder for videos of the best, the median and the worst episode."}
+    )
+    profile: str | None = field(
+        default=None,
+        metadata={"help": "New folder for a trace of a few steps of each part, and a table of the dearest operations."},
     )
 
 

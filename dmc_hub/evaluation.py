@@ -12,6 +12,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from scipy.stats import bootstrap, trim_mean
 
+from dmc_hub import profiling
 from dmc_hub.agent import Agent
 from dmc_hub.evaluation_cache import EpisodeRecord, EvaluationCache
 from dmc_hub.rollout import Rollouts, run_episodes
@@ -485,6 +486,7 @@ class _Watched:
         self._diversity.append(candidate_diversity_scores(output.candidates))
         if self.coherency is not None:
             self._coherency.append(np.asarray(self.coherency(observations, output), dtype=np.float64))
+        profiling.end_step("evaluate")
         return output.action
 
     def records(

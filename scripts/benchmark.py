@@ -22,7 +22,6 @@ from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
 from dmc_hub.benchmarks.data import measure_conversion, measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
-from dmc_hub.benchmarks.profile import profiled
 from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.rollout import measure_rollouts
@@ -31,6 +30,7 @@ from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
 from dmc_hub.foundations import shared_foundation
 from dmc_hub.plots import plot_growth
+from dmc_hub.profiling import profiled
 
 TASK = "nav1d-full"
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}

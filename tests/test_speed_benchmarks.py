@@ -19,7 +19,6 @@ from dmc_hub.benchmarks.data import measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.originals import CleanDiT, DiffuserUnet, DiffuserValue, guided_sampling
 from dmc_hub.benchmarks.plan import SAMPLERS, PlannerSizes, measure_plans
-from dmc_hub.benchmarks.profile import profiled
 from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rollout import SIZES, measure_rollouts
 from dmc_hub.benchmarks.table import END, START, table, write_table
@@ -28,6 +27,7 @@ from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.plots import plot_growth
 from dmc_hub.presets import preset_of
+from dmc_hub.profiling import profiled
 from dmc_hub.tasks import get_task
 
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmc_hub.profiling import operations_table
+
 KINDS = ("ratio", "cpu_ratio", "fastest_ratio")
 START, END = "<!-- results: written by scripts/benchmark.py table -->", "<!-- end of the results -->"
 
@@ -107,7 +109,7 @@ def table(folder: Path) -> str:
         if "quality" in result:
             lines += ["", *_ranking(result)]
         if "most_expensive" in result:
-            lines += ["", f"Most expensive in `{result['command']}`:", "", *_operations(result["most_expensive"])]
+            lines += ["", f"Most expensive in `{result['command']}`:", "", *operations_table(result["most_expensive"])]
     return "\n".join(lines) + "\n"
 
 
@@ -140,8 +142,3 @@ def _ranking(result: Mapping[str, Any]) -> list[str]:
         figures = f"{row['share_of_gain']:.2f} | {earned['mean']:.2f} [{earned['low']:.2f}, {earned['high']:.2f}]"
         lines.append(f"| {name} | {'' if ratio is None else f'{ratio:.2f}'} | {figures} |")
     return lines
-
-
-def _operations(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| operation | calls | share of the time |", "|---|---|---|"]
-    return lines + [f"| `{row['name'][:60]}` | {row['calls']:,} | {row['share']:.1%} |" for row in rows]
