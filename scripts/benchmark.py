@@ -22,6 +22,7 @@ from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
 from dmc_hub.benchmarks.data import measure_conversion, measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
+from dmc_hub.benchmarks.profile import measure_profiles
 from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.rollout import measure_rollouts
@@ -68,6 +69,11 @@ def growth(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.plot is not None:
         plot_growth(result["growth"], arguments.plot)
     return result
+
+
+def profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The most expensive operations of planning, acting, training, alignment and rollouts."""
+    return measure_profiles(**_common(arguments, 5))
 
 
 def _common(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="threads of torch; as many as there are cores by default")
         return command
 
-    for run in (plan, act, train, align, rollout, growth, ranking):
+    for run in (plan, act, train, align, rollout, growth, ranking, profile):
         command = add(run)
         command.add_argument("--device", default="cpu")
         command.add_argument("--repeats", type=int, help="of each measurement")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dmc_hub.benchmarks.data import measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.originals import CleanDiT, DiffuserUnet, DiffuserValue, guided_sampling
 from dmc_hub.benchmarks.plan import SAMPLERS, PlannerSizes, measure_plans
+from dmc_hub.benchmarks.profile import DONE, measure_profiles
 from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rollout import SIZES, measure_rollouts
 from dmc_hub.benchmarks.table import END, START, table, write_table
@@ -110,6 +112,23 @@ def test_ranking(tmp_path: Path) -> None:
     ]
     assert rows[0].startswith("| one candidate |  | 0.00 | ")
     assert rows[1].startswith("| all to the end | 1.00 | 1.00 | ")
+
+
+def test_profiles_and_their_tables(tmp_path: Path) -> None:
+    result = measure_profiles(sizes=dataclasses.replace(TINY, dim=8), batch_size=4, repeats=1)
+    assert result["profiles"].keys() == {"plan", "act", "train", "align", "rollout"}
+    for row in result["profiles"].values():
+        assert len(row["operations"]) == 10
+        assert row["repeats"] == 1
+        assert 0 <= row["outside"] < 1
+    calls = {path: row["operations"] for path, row in result["profiles"].items()}
+    assert any("backward" in row["name"] for row in calls["train"] + calls["align"])
+    assert not any("backward" in row["name"] for row in calls["plan"] + calls["act"] + calls["rollout"])
+    result["profiles"]["plan"]["operations"][0] = {"name": "aten::mish", "calls": 2000, "share": 0.25}
+    (tmp_path / "profile.json").write_text(json.dumps({**result, "command": "c", "versions": {"torch": "2"}}))
+    text = table(tmp_path)
+    assert "Most expensive in **rollout**, 16 episodes" in text
+    assert f"| `aten::mish` | 2,000 | 25.0% | {DONE['aten::mish']} |" in text
 
 
 def test_growth_and_its_plot(tmp_path: Path) -> None:

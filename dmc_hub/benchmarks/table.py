@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmc_hub.benchmarks.profile import profile_tables
 from dmc_hub.profiling import operations_table
 
 KINDS = ("ratio", "cpu_ratio", "fastest_ratio")
@@ -108,6 +109,8 @@ def table(folder: Path) -> str:
             lines += ["", *_growth(result["growth"])]
         if "quality" in result:
             lines += ["", *_ranking(result)]
+        if "profiles" in result:
+            lines += profile_tables(result["profiles"])
         if "most_expensive" in result:
             lines += ["", f"Most expensive in `{result['command']}`:", "", *operations_table(result["most_expensive"])]
     return "\n".join(lines) + "\n"
