@@ -267,6 +267,13 @@ class EvaluateArguments:
         },
     )
     worker_timeout: float = field(default=60.0, metadata={"help": "Seconds for a step, then a worker is restarted."})
+    overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "Two halves of the workers take turns: while one steps, the controller decides for the other. The "
+            "figures are those of half as many workers without."
+        },
+    )
     cache_dir: str | None = field(
         default=None,
         metadata={

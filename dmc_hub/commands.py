@@ -334,6 +334,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         "early_ranking": None if arguments.early_ranking is None else tuple(arguments.early_ranking),
         "num_workers": arguments.num_workers,
         "worker_timeout": arguments.worker_timeout,
+        "overlap": arguments.overlap,
         "cache_dir": None if arguments.cache_dir is None else Path(arguments.cache_dir),
         "progress": True,
     }

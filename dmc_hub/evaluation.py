@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +17,7 @@ from scipy.stats import bootstrap, trim_mean
 from dmc_hub import profiling
 from dmc_hub.agent import Agent
 from dmc_hub.evaluation_cache import EpisodeRecord, EvaluationCache
-from dmc_hub.rollout import Rollouts, run_episodes
+from dmc_hub.rollout import Lane, Rollouts, run_lanes
 
 COHERENCY_TOLERANCE = 0.1
 CONFIDENCE_LEVEL = 0.95
@@ -299,7 +301,7 @@ def candidate_diversity(candidates: np.ndarray) -> float:
 
 def evaluate(
     pipeline: Callable[..., Any],
-    vector_env: VectorEnv[Any, Any, Any],
+    vector_env: VectorEnv[Any, Any, Any] | Sequence[VectorEnv[Any, Any, Any]],
     *,
     seeds: Sequence[int],
     num_candidates: int,
@@ -320,15 +322,16 @@ def evaluate(
 
     Episodes run in batches, as many consecutive seeds as there are environments, and all that a batch draws comes from
     a generator of its own, seeded by `batch_generator_seed`. So the figures of a seed depend on its batch and on the
-    number of environments, but neither on other batches nor on whether the environments are in worker processes; and
-    what is read from a cache is what would be run. Only an episode whose environment failed is run beside others than
-    usual when it is repeated.
+    number of environments, but neither on other batches nor on whether the environments are in worker processes or
+    take turns; and what is read from a cache is what would be run. Only an episode whose environment failed is run
+    beside others than usual when it is repeated.
 
     Args:
         pipeline: a pipeline, or an `Agent` around one, which is reset when episodes start. It is called with
             observations `(num_envs, observation_dim)` and the keywords `num_candidates`, `action_selection`,
             `num_inference_steps` and `generator`; its output has `action` and `candidates`.
-        vector_env: see `dmc_hub.rollout.run_episodes`.
+        vector_env: see `dmc_hub.rollout.run_episodes`; or several, alike, that take turns: while the workers of one
+            step, the pipeline decides for the next (`dmc_hub.rollout.run_lanes`).
         seeds: one seed per episode.
         num_candidates: candidates per state.
         action_selection: `"greedy"`, `"expectation"` or `"softmax"`.
@@ -352,7 +355,8 @@ def evaluate(
     """
     if objective == "score" and score is None:
         raise ValueError("`objective` 'score' needs `score`: a function of the rollouts.")
-    batches = batches_of(seeds, vector_env.num_envs)
+    vector_envs = [vector_env] if isinstance(vector_env, VectorEnv) else list(vector_env)
+    batches = batches_of(seeds, vector_envs[0].num_envs)
     records = cached_records(cache, batches)
     missing = [seed for batch in batches if batch[0] not in records for seed in batch]
     options = {
@@ -361,14 +365,19 @@ def evaluate(
         "num_inference_steps": num_inference_steps,
     }
     special: dict[str, Any] = {"num_upsampling_passes": num_upsampling_passes, "early_ranking": early_ranking}
-    watched = _Watched(pipeline, {**options, **{name: value for name, value in special.items() if value}}, coherency)
-    generator = torch.Generator()
+    asked = {**options, **{name: value for name, value in special.items() if value}}
 
-    def on_reset(batch: list[int]) -> None:
-        generator.manual_seed(batch_generator_seed(generator_seed, batch[0]))
-        watched.reset()
+    def lane(vector_env: VectorEnv[Any, Any, Any]) -> Lane:
+        agent = copy.copy(pipeline) if isinstance(pipeline, Agent) else pipeline  # each lane remembers by itself
+        watched, generator = _Watched(agent, asked, coherency), torch.Generator()
 
-    def on_batch(rollouts: Rollouts) -> None:
+        def on_reset(batch: list[int]) -> None:
+            generator.manual_seed(batch_generator_seed(generator_seed, batch[0]))
+            watched.reset()
+
+        return Lane(watched.act, vector_env, generator, on_reset, functools.partial(on_batch, watched))
+
+    def on_batch(watched: _Watched, rollouts: Rollouts) -> None:
         successes = None if success is None else rollouts.succeeded(success)
         new = watched.records(rollouts, successes, None if score is None else score(rollouts))
         records.update(new)
@@ -379,15 +388,7 @@ def evaluate(
     started = time.perf_counter()
     steps = None
     if missing:
-        steps = run_episodes(
-            watched.act,
-            vector_env,
-            seeds=missing,
-            generator=generator,
-            on_reset=on_reset,
-            on_batch=on_batch,
-            progress=progress,
-        )
+        steps = run_lanes([lane(each) for each in vector_envs], seeds=missing, progress=progress)
     return summarize_records(
         [records[seed] for seed in seeds if seed in records],
         optimal_return=optimal_return,

@@ -23,7 +23,7 @@ from dmc_hub.models.critic import TwinQCritic
 from dmc_hub.models.dit import DiffusionTransformer1D
 from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.pipelines import DiffusionPolicyPipeline
-from dmc_hub.rollout import Rollouts, run_episodes
+from dmc_hub.rollout import Lane, Rollouts, run_lanes
 from dmc_hub.scheduler import TransitionScheduler
 from dmc_hub.task_evaluation import evaluate_on_task
 from dmc_hub.tasks import get_task
@@ -66,16 +66,20 @@ class Runs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seeds: list[int] = []
         self.stop_after: int | None = None
-        monkeypatch.setattr("dmc_hub.evaluation.run_episodes", self)
+        monkeypatch.setattr("dmc_hub.evaluation.run_lanes", self)
 
-    def __call__(self, *args: Any, seeds: Sequence[int], on_batch: Any, **options: Any) -> Rollouts:
-        def counted(rollouts: Rollouts) -> None:
+    def __call__(self, lanes: Sequence[Lane], **options: Any) -> Rollouts:
+        return run_lanes([dataclasses.replace(lane, on_batch=self.counted(lane)) for lane in lanes], **options)
+
+    def counted(self, lane: Lane) -> Any:
+        def on_batch(rollouts: Rollouts) -> None:
             if self.stop_after is not None and len(self.seeds) >= self.stop_after:
                 raise KeyboardInterrupt
             self.seeds += rollouts.seeds.tolist()
-            on_batch(rollouts)
+            assert lane.on_batch is not None
+            lane.on_batch(rollouts)
 
-        return run_episodes(*args, seeds=seeds, on_batch=counted, **options)
+        return on_batch
 
 
 def test_an_interrupted_evaluation_continues_and_a_repeated_one_runs_nothing(
