@@ -35,6 +35,10 @@ class TaskArguments:
         default_factory=list,
         metadata={"help": "Kinds of defects, as `dmc-hub data validate` names them, to train on all the same."},
     )
+    profile: str | None = field(
+        default=None,
+        metadata={"help": "New folder for a trace of a few steps of each part, and a table of the dearest operations."},
+    )
 
 
 @dataclass(kw_only=True)
@@ -249,6 +253,13 @@ class EvaluateArguments:
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     num_upsampling_passes: int = field(default=0, metadata={"help": "Passes through the pipeline's up-sampler."})
+    early_ranking: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Two shares, 0.5 0.25 say: after that share of the denoising steps the critic ranks the "
+            "candidates, and that share of them is denoised to the end. All are by default."
+        },
+    )
     num_episodes: int = field(default=128, metadata={"help": "Number of episodes."})
     first_seed: int = field(default=EVALUATION_SEED, metadata={"help": "Seed of the first episode."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the result."})
@@ -260,6 +271,13 @@ class EvaluateArguments:
         },
     )
     worker_timeout: float = field(default=60.0, metadata={"help": "Seconds for a step, then a worker is restarted."})
+    overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "Two halves of the workers take turns: while one steps, the controller decides for the other. The "
+            "figures are those of half as many workers without."
+        },
+    )
     cache_dir: str | None = field(
         default=None,
         metadata={
@@ -269,6 +287,10 @@ class EvaluateArguments:
     )
     videos: str | None = field(
         default=None, metadata={"help": "Folder for videos of the best, the median and the worst episode."}
+    )
+    profile: str | None = field(
+        default=None,
+        metadata={"help": "New folder for a trace of a few steps of each part, and a table of the dearest operations."},
     )
 
 

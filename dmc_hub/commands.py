@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from dmc_hub import ablation, cards, checkpoint, portable, reproduction, transfer
 from dmc_hub.aggregation import aggregate_summaries
@@ -37,6 +39,7 @@ from dmc_hub.doctor import diagnose
 from dmc_hub.errors import RunError
 from dmc_hub.hub import describe, load_pipeline, pull
 from dmc_hub.presets import preset_of
+from dmc_hub.profiling import profile_steps
 from dmc_hub.publish import publish
 from dmc_hub.recipes import align_task
 from dmc_hub.summary import summarize_runs
@@ -52,7 +55,21 @@ from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 from dmc_hub.trainers.reward_gradient import RewardGradientConfig, RewardGradientTrainer
 from dmc_hub.trainers.sft import SFTConfig, SFTTrainer
 
+Command = TypeVar("Command", bound=Callable[..., None])
 
+
+def _profilable(command: Command) -> Command:
+    """A command whose first arguments may ask for a `profile`."""
+
+    @functools.wraps(command)
+    def run(arguments: Any, *configs: Any) -> None:
+        with profile_steps(arguments.profile):
+            command(arguments, *configs)
+
+    return cast(Command, run)
+
+
+@_profilable
 def align(arguments: AlignArguments) -> None:
     """Data, foundation, critic, alignment, evaluation, report."""
     settings = arguments.settings()
@@ -231,7 +248,7 @@ def aggregate(arguments: AggregateArguments) -> None:
 def _command(arguments: AlignArguments) -> str:
     """The command that repeats a run; the folder is left out, because it says nothing to anyone else."""
     options = {**vars(arguments), "output_dir": f"runs/{get_task(arguments.task).name}-{arguments.controller}"}
-    options |= {"push_to_hub": None, "private": None, "on_save_error": "raise"}
+    options |= {"push_to_hub": None, "private": None, "on_save_error": "raise", "profile": None}
     for name in ("foundation", "task"):
         if options[name] is not None and Path(options[name]).is_absolute():
             options[name] = Path(options[name]).name
@@ -245,41 +262,49 @@ def _command(arguments: AlignArguments) -> str:
     return " ".join(words)
 
 
+@_profilable
 def train_denoising(arguments: FoundationArguments, config: DenoisingConfig) -> None:
     """Train a foundation controller."""
     _train_foundation(DenoisingTrainer, arguments, config)
 
 
+@_profilable
 def train_critic(arguments: FoundationArguments, config: IQLConfig) -> None:
     """Train the critic of a pipeline."""
     _train_foundation(IQLTrainer, arguments, config)
 
 
+@_profilable
 def train_ddpo(arguments: StageArguments, config: DDPOConfig) -> None:
     """Align by policy gradients over the denoising steps."""
     _train_stage(DDPOTrainer, arguments, config)
 
 
+@_profilable
 def train_reward_gradient(arguments: StageArguments, config: RewardGradientConfig) -> None:
     """Align by the reward's own gradient."""
     _train_stage(RewardGradientTrainer, arguments, config)
 
 
+@_profilable
 def train_nft(arguments: StageArguments, config: NFTConfig) -> None:
     """Align by policy optimisation on the forward process."""
     _train_stage(NFTTrainer, arguments, config)
 
 
+@_profilable
 def train_dpo(arguments: StageArguments, config: DiffusionDPOConfig) -> None:
     """Align by preferences."""
     _train_stage(DiffusionDPOTrainer, arguments, config)
 
 
+@_profilable
 def train_sft(arguments: StageArguments, config: SFTConfig) -> None:
     """Align by fine-tuning on the best samples."""
     _train_stage(SFTTrainer, arguments, config)
 
 
+@_profilable
 def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
     """Train an up-sampler; the pipeline is saved with it and without the adapter, which fits it as before."""
     task, output_dir = get_task(arguments.task), _output_dir(config)
@@ -293,6 +318,7 @@ def train_cascade(arguments: CascadeArguments, config: CascadeConfig) -> None:
         _save_pipeline(pipeline, output_dir / "pipeline", task, _facts(task.name, trainer))
 
 
+@_profilable
 def evaluate(arguments: EvaluateArguments) -> None:
     """Roll a controller out and print what it earned."""
     task = get_task(arguments.task)
@@ -310,8 +336,10 @@ def evaluate(arguments: EvaluateArguments) -> None:
         "action_selection": arguments.action_selection,
         "num_inference_steps": arguments.num_inference_steps,
         "num_upsampling_passes": arguments.num_upsampling_passes,
+        "early_ranking": None if arguments.early_ranking is None else tuple(arguments.early_ranking),
         "num_workers": arguments.num_workers,
         "worker_timeout": arguments.worker_timeout,
+        "overlap": arguments.overlap,
         "cache_dir": None if arguments.cache_dir is None else Path(arguments.cache_dir),
         "progress": True,
     }

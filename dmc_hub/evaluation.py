@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +14,10 @@ import torch
 from gymnasium.vector import VectorEnv
 from scipy.stats import bootstrap, trim_mean
 
+from dmc_hub import profiling
 from dmc_hub.agent import Agent
 from dmc_hub.evaluation_cache import EpisodeRecord, EvaluationCache
-from dmc_hub.rollout import Rollouts, run_episodes
+from dmc_hub.rollout import Lane, Rollouts, run_lanes
 
 COHERENCY_TOLERANCE = 0.1
 CONFIDENCE_LEVEL = 0.95
@@ -65,6 +68,7 @@ class Evaluation:
     failed_seeds: theirs.
     candidate_diversity: see `candidate_diversity`; averaged over the visited states.
     coherency: mean of the coherency scores over the visited states, or None where none were asked for.
+    early_ranking: see the pipelines' call; `candidate_diversity` is then of the candidates that were finished.
     wall_seconds: seconds spent running the episodes.
     steps: the episodes step by step, those that were found in a cache left out; None where all were. Not part of
         `to_dict`.
@@ -83,6 +87,7 @@ class Evaluation:
     generator_seed: int
     wall_seconds: float
     steps: Rollouts | None
+    early_ranking: tuple[float, float] | None = None
 
     @property
     def rollouts(self) -> Rollouts:
@@ -297,13 +302,14 @@ def candidate_diversity(candidates: np.ndarray) -> float:
 
 def evaluate(
     pipeline: Callable[..., Any],
-    vector_env: VectorEnv[Any, Any, Any],
+    vector_env: VectorEnv[Any, Any, Any] | Sequence[VectorEnv[Any, Any, Any]],
     *,
     seeds: Sequence[int],
     num_candidates: int,
     action_selection: str,
     num_inference_steps: int | None = None,
     num_upsampling_passes: int = 0,
+    early_ranking: tuple[float, float] | None = None,
     generator_seed: int = 0,
     cache: EvaluationCache | None = None,
     optimal_return: float | None = None,
@@ -317,20 +323,22 @@ def evaluate(
 
     Episodes run in batches, as many consecutive seeds as there are environments, and all that a batch draws comes from
     a generator of its own, seeded by `batch_generator_seed`. So the figures of a seed depend on its batch and on the
-    number of environments, but neither on other batches nor on whether the environments are in worker processes; and
-    what is read from a cache is what would be run. Only an episode whose environment failed is run beside others than
-    usual when it is repeated.
+    number of environments, but neither on other batches nor on whether the environments are in worker processes or
+    take turns; and what is read from a cache is what would be run. Only an episode whose environment failed is run
+    beside others than usual when it is repeated.
 
     Args:
         pipeline: a pipeline, or an `Agent` around one, which is reset when episodes start. It is called with
             observations `(num_envs, observation_dim)` and the keywords `num_candidates`, `action_selection`,
             `num_inference_steps` and `generator`; its output has `action` and `candidates`.
-        vector_env: see `dmc_hub.rollout.run_episodes`.
+        vector_env: see `dmc_hub.rollout.run_episodes`; or several, alike, that take turns: while the workers of one
+            step, the pipeline decides for the next (`dmc_hub.rollout.run_lanes`).
         seeds: one seed per episode.
         num_candidates: candidates per state.
         action_selection: `"greedy"`, `"expectation"` or `"softmax"`.
         num_inference_steps: denoising steps; None for the pipeline's own number.
         num_upsampling_passes: passes through the pipeline's up-sampler; 0, and the pipeline need not know the keyword.
+        early_ranking: shares of the denoising steps and of the candidates; None, and it need not know the keyword.
         generator_seed: part of every batch's seed of its noise.
         cache: of batches, read and written; None runs everything.
         optimal_return: the known optimum, for `share_of_optimum`.
@@ -348,7 +356,8 @@ def evaluate(
     """
     if objective == "score" and score is None:
         raise ValueError("`objective` 'score' needs `score`: a function of the rollouts.")
-    batches = batches_of(seeds, vector_env.num_envs)
+    vector_envs = [vector_env] if isinstance(vector_env, VectorEnv) else list(vector_env)
+    batches = batches_of(seeds, vector_envs[0].num_envs)
     records = cached_records(cache, batches)
     missing = [seed for batch in batches if batch[0] not in records for seed in batch]
     options = {
@@ -356,15 +365,20 @@ def evaluate(
         "action_selection": action_selection,
         "num_inference_steps": num_inference_steps,
     }
-    cascade = {"num_upsampling_passes": num_upsampling_passes} if num_upsampling_passes else {}
-    watched = _Watched(pipeline, {**options, **cascade}, coherency)
-    generator = torch.Generator()
+    special: dict[str, Any] = {"num_upsampling_passes": num_upsampling_passes, "early_ranking": early_ranking}
+    asked = {**options, **{name: value for name, value in special.items() if value}}
 
-    def on_reset(batch: list[int]) -> None:
-        generator.manual_seed(batch_generator_seed(generator_seed, batch[0]))
-        watched.reset()
+    def lane(vector_env: VectorEnv[Any, Any, Any]) -> Lane:
+        agent = copy.copy(pipeline) if isinstance(pipeline, Agent) else pipeline  # each lane remembers by itself
+        watched, generator = _Watched(agent, asked, coherency), torch.Generator()
 
-    def on_batch(rollouts: Rollouts) -> None:
+        def on_reset(batch: list[int]) -> None:
+            generator.manual_seed(batch_generator_seed(generator_seed, batch[0]))
+            watched.reset()
+
+        return Lane(watched.act, vector_env, generator, on_reset, functools.partial(on_batch, watched))
+
+    def on_batch(watched: _Watched, rollouts: Rollouts) -> None:
         successes = None if success is None else rollouts.succeeded(success)
         new = watched.records(rollouts, successes, None if score is None else score(rollouts))
         records.update(new)
@@ -375,21 +389,13 @@ def evaluate(
     started = time.perf_counter()
     steps = None
     if missing:
-        steps = run_episodes(
-            watched.act,
-            vector_env,
-            seeds=missing,
-            generator=generator,
-            on_reset=on_reset,
-            on_batch=on_batch,
-            progress=progress,
-        )
+        steps = run_lanes([lane(each) for each in vector_envs], seeds=missing, progress=progress)
     return summarize_records(
         [records[seed] for seed in seeds if seed in records],
         optimal_return=optimal_return,
         objective=objective,
         failed_seeds=tuple(seed for seed in seeds if seed not in records),
-        num_upsampling_passes=num_upsampling_passes,
+        **special,
         generator_seed=generator_seed,
         wall_seconds=time.perf_counter() - started,
         steps=steps,
@@ -482,6 +488,7 @@ class _Watched:
         self._diversity.append(candidate_diversity_scores(output.candidates))
         if self.coherency is not None:
             self._coherency.append(np.asarray(self.coherency(observations, output), dtype=np.float64))
+        profiling.end_step("evaluate")
         return cast(np.ndarray, output.action)
 
     def records(

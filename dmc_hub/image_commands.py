@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from dmc_hub import checkpoint
 from dmc_hub.joint_reward import JointReward
+from dmc_hub.prompt_files import stream_of_rows
 from dmc_hub.remote_rewards import HTTPReward
 from dmc_hub.text_to_image import TextToImagePolicy, transition_scheduler
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
@@ -105,27 +105,6 @@ def make_policy(arguments: ImageArguments, *, eta: float) -> TextToImagePolicy:
         height=arguments.resolution,
         width=arguments.resolution,
     )
-
-
-def stream_of_rows(source: str, *, seed: int) -> Any:
-    """Rows of a file or of a dataset on the Hub, streamed and shuffled in a buffer of a thousand.
-
-    Raises:
-        ValueError: a file of another kind.
-        FileNotFoundError: there is no such file.
-    """
-    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-    path = Path(source)
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {source}.")
-        rows = load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=True)
-        rows = rows.rename_column("text", "prompt") if path.suffix == ".txt" else rows
-    elif path.exists():
-        raise ValueError(f"`{source}` must end in {', '.join(kinds)}, or be a dataset on the Hub.")
-    else:
-        rows = load_dataset(source, split="train", streaming=True)
-    return rows.shuffle(seed=seed, buffer_size=1000)
 
 
 def load_rewards(sources: list[str]) -> dict[str, Callable[..., Any]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Space
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from tqdm.auto import tqdm
 
 from dmc_hub.data import Episodes
@@ -162,50 +164,112 @@ def run_episodes(
             the wrong shape or is not finite.
         RuntimeError: all episodes had to be given up.
     """
-    _check_environment(vector_env)
+    lane = Lane(controller, vector_env, generator, on_reset, on_batch)
+    return run_lanes([lane], seeds=seeds, record_images=record_images, progress=progress)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A controller and the environments that it acts in; the fields are the arguments of `run_episodes`."""
+
+    controller: Controller
+    vector_env: VectorEnv[Any, Any, Any]
+    generator: torch.Generator | None = None
+    on_reset: Callable[[list[int]], None] | None = None
+    on_batch: Callable[[Rollouts], None] | None = None
+
+
+def run_lanes(
+    lanes: Sequence[Lane], *, seeds: Sequence[int], record_images: bool = False, progress: bool = False
+) -> Rollouts:
+    """As `run_episodes`, in several lanes that take turns: while the workers of one step, the next one's controller
+    decides.
+
+    Each batch of consecutive seeds runs in one lane from its reset to its end, so that with lanes that are alike, each
+    with a memory and a generator of its own that `on_reset` seeds, every episode is bit for bit what a single lane
+    makes of it. Environments in this process step at once, and nothing is gained.
+
+    Raises:
+        ValueError: there is no lane, or they differ in the number of environments; see also `run_episodes`.
+    """
+    num_envs = _check_lanes(lanes)
     if len(seeds) == 0:
         raise ValueError("`seeds` is empty: pass one seed per episode.")
-    batches: list[_Batch] = []
-    column_of: dict[int, int] = {}  # where in the batches' columns the episode of each seed's index is
+    batches: dict[int, _Batch] = {}  # by their numbers, in the order in which they were started
+    place_of: dict[int, tuple[int, int]] = {}  # of the episode of each seed's index: batch and environment
     todo, num_failures = list(range(len(seeds))), [0] * len(seeds)
+    idle, turns, numbers = list(lanes), deque[_Turn](), itertools.count()
     with tqdm(total=len(seeds), desc="episodes", unit="episode", disable=not progress) as bar:
-        while todo:
-            chunk, todo = todo[: vector_env.num_envs], todo[vector_env.num_envs :]
-            batch_seeds = [int(seeds[i]) for i in chunk]
-            if on_reset is not None:
-                on_reset(batch_seeds)
-            batch, failed = _run_batch(controller, vector_env, batch_seeds, generator, bar, record_images=record_images)
-            for place, index in enumerate(chunk):
+        while todo or turns:
+            while todo and idle:
+                chunk, todo = todo[:num_envs], todo[num_envs:]
+                lane, batch_seeds = idle.pop(0), [int(seeds[i]) for i in chunk]
+                run = _run_batch(lane, batch_seeds, bar, record_images=record_images)
+                turns.append(_Turn(lane, next(numbers), chunk, batch_seeds, run))
+            turn = turns.popleft()
+            try:
+                next(turn.run)
+            except StopIteration as end:
+                batch, failed = end.value
+                idle.append(turn.lane)
+            else:
+                turns.append(turn)
+                continue
+            for place, index in enumerate(turn.chunk):
                 num_failures[index] += int(failed[place])
                 if not failed[place]:
-                    column_of[index] = len(batches) * vector_env.num_envs + place
+                    place_of[index] = turn.number, place
                 elif num_failures[index] <= NUM_REPETITIONS:
                     todo.append(index)
             if batch.steps:
                 steps = [step._replace(valid=step.valid & ~failed) for step in batch.steps]
-                batches.append(_Batch(steps, batch.images))
-            places = [place for place in range(len(chunk)) if not failed[place]]
-            if on_batch is not None and places:
-                on_batch(_collect(batches[-1:], places, [batch_seeds[place] for place in places], []))
-    given_up = [int(seed) for index, seed in enumerate(seeds) if index not in column_of]
-    _report_failures(vector_env, given_up, len(seeds))
-    kept = sorted(column_of)
-    return _collect(batches, [column_of[index] for index in kept], [int(seeds[index]) for index in kept], given_up)
+                batches[turn.number] = _Batch(steps, batch.images)
+            places = [place for place in range(len(turn.chunk)) if not failed[place]]
+            if turn.lane.on_batch is not None and places:
+                turn.lane.on_batch(_collect([batches[turn.number]], places, [turn.seeds[i] for i in places], []))
+    given_up = [int(seed) for index, seed in enumerate(seeds) if index not in place_of]
+    _report_failures(lanes[0].vector_env, given_up, len(seeds))
+    kept, column = sorted(place_of), {number: num_envs * rank for rank, number in enumerate(sorted(batches))}
+    columns = [column[number] + place for number, place in (place_of[index] for index in kept)]
+    ordered = [batches[number] for number in sorted(batches)]
+    return _collect(ordered, columns, [int(seeds[index]) for index in kept], given_up)
+
+
+class _Turn(NamedTuple):
+    """A batch that is being run: its lane, its number, the indices of its seeds, these, and the run itself."""
+
+    lane: Lane
+    number: int
+    chunk: list[int]
+    seeds: list[int]
+    run: Generator[None, None, tuple[_Batch, np.ndarray]]
+
+
+def _check_lanes(lanes: Sequence[Lane]) -> int:
+    """The number of environments of each."""
+    for lane in lanes:
+        _check_environment(lane.vector_env)
+    widths = {lane.vector_env.num_envs for lane in lanes}
+    if len(widths) != 1:
+        raise ValueError(
+            f"`lanes` must be at least one, with as many environments in each; got {sorted(widths)} environments."
+        )
+    return widths.pop()
 
 
 def _run_batch(
-    controller: Controller,
-    vector_env: VectorEnv[Any, Any, Any],
-    seeds: Sequence[int],
-    generator: torch.Generator | None,
-    bar: Any,
-    *,
-    record_images: bool,
-) -> tuple[_Batch, np.ndarray]:
-    """One episode in each environment: the steps of all, and whose environment failed, bool of shape `(num_envs,)`."""
+    lane: Lane, seeds: list[int], bar: Any, *, record_images: bool
+) -> Generator[None, None, tuple[_Batch, np.ndarray]]:
+    """One episode in each environment: the steps of all, and whose environment failed, bool of shape `(num_envs,)`.
+
+    Yields whenever workers are busy.
+    """
+    vector_env = lane.vector_env
+    if lane.on_reset is not None:
+        lane.on_reset(seeds)
     spare = vector_env.num_envs - len(seeds)
     env_seeds: Any = [int(seed) for seed in (*seeds, *([seeds[-1]] * spare))]  # gymnasium annotates one seed
-    observations, infos = vector_env.reset(seed=env_seeds)
+    observations, infos = yield from _reset(vector_env, env_seeds)
     running = np.arange(vector_env.num_envs) < len(seeds)
     failed = running & _failures(infos, vector_env)
     running = running & ~failed
@@ -215,10 +279,10 @@ def _run_batch(
         place = _Place(vector_env, seeds, len(steps), running)
         states, images = place.check_observations("observations", observations)
         seen = {STATE: states, **images} if images else states
-        actions = place.check("actions", controller(seen, generator), vector_env.action_space.shape)
+        actions = place.check("actions", lane.controller(seen, lane.generator), vector_env.action_space.shape)
         for name, frames in images.items() if record_images else ():
             recorded.setdefault(name, []).append(frames)
-        next_observations, rewards, terminations, truncations, infos = vector_env.step(actions)
+        next_observations, rewards, terminations, truncations, infos = yield from _step(vector_env, actions)
         failed = failed | (running & _failures(infos, vector_env))
         running = running & ~failed
         place = place._replace(running=running)
@@ -241,6 +305,24 @@ def _run_batch(
         observations = next_observations
         bar.update(int(finished.sum()))
     return _Batch(steps, recorded), failed
+
+
+def _reset(vector_env: VectorEnv[Any, Any, Any], seeds: Any) -> Generator[None, None, tuple[Any, dict[str, Any]]]:
+    """What `reset` returns; yields while workers reset."""
+    if not isinstance(vector_env, AsyncVectorEnv):
+        return vector_env.reset(seed=seeds)
+    vector_env.reset_async(seed=seeds)
+    yield
+    return vector_env.reset_wait()
+
+
+def _step(vector_env: VectorEnv[Any, Any, Any], actions: np.ndarray) -> Generator[None, None, tuple[Any, ...]]:
+    """What `step` returns; yields while workers step."""
+    if not isinstance(vector_env, AsyncVectorEnv):
+        return vector_env.step(actions)
+    vector_env.step_async(actions)
+    yield
+    return vector_env.step_wait()
 
 
 def _successes(infos: dict[str, Any], num_envs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -675,6 +675,11 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
         is_finite = bool(torch.isfinite(share))  # at t = 1 of the flow schedule the log-SNR is -infinity
         return *weights, share.to(like) if is_finite else None
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Of the samples in the middle of their denoising these rows alone go on."""
+        if self._previous is not None:
+            self._previous = (self._previous[0][rows], self._previous[1])
+
     @contextmanager
     def record(self, mask: Tensor | None = None) -> Iterator[DenoisingTrajectory]:
         """Keep every step taken inside the `with` block. `mask` selects the entries whose log-probability counts."""

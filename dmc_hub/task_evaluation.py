@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def evaluate_on_task(
     action_selection: str,
     num_inference_steps: int | None = None,
     num_upsampling_passes: int = 0,
+    early_ranking: tuple[float, float] | None = None,
     generator_seed: int = 0,
     num_workers: int = 0,
     worker_timeout: float = 60.0,
+    overlap: bool = False,
     cache_dir: Path | None = None,
     progress: bool = False,
     num_envs: int | None = None,
@@ -55,20 +58,28 @@ def evaluate_on_task(
         action_selection: "greedy", "expectation" or "softmax".
         num_inference_steps: denoising steps; None for the pipeline's own number.
         num_upsampling_passes: passes through the pipeline's up-sampler.
+        early_ranking: see the pipelines' call.
         generator_seed: see `dmc_hub.evaluation.evaluate`.
         num_workers: processes that run one environment each, side by side; 0 runs as many as the task allows here.
         worker_timeout: seconds that a worker has for one step.
+        overlap: the workers are two halves that take turns: while one steps, the controller decides for the other. The
+            figures are those of half as many workers without.
         cache_dir: folder for the results of every batch of episodes: what is there is not run again.
         progress: whether to show a bar.
         num_envs: environments side by side; by default what `num_side_by_side` says.
+
+    Raises:
+        ValueError: `overlap` without an even number of workers.
     """
     seeds = range(first_seed, first_seed + num_episodes)
+    num_workers = _workers_at_once(num_workers, overlap)
     num_envs = num_envs or num_side_by_side(task, num_episodes, num_workers)
     options: dict[str, Any] = {
         "num_candidates": num_candidates,
         "action_selection": action_selection,
         "num_inference_steps": num_inference_steps,
         "num_upsampling_passes": num_upsampling_passes,
+        "early_ranking": early_ranking,
         "generator_seed": generator_seed,
         "optimal_return": None if task.optimal_return is None else task.optimal_return(),
         "objective": task.objective,
@@ -80,11 +91,14 @@ def evaluate_on_task(
         if found.keys() >= set(seeds):
             records = [found[seed] for seed in seeds]
             return summarize_records(records, failed_seeds=(), wall_seconds=0.0, steps=None, **options)
-    vector_env = make_vector_env(task, num_envs, num_workers=num_workers, worker_timeout=worker_timeout)
-    try:
+    with ExitStack() as opened:
+        vector_envs = []
+        for _ in range(2 if overlap and num_episodes > num_envs else 1):
+            vector_envs.append(make_vector_env(task, num_envs, num_workers=num_workers, worker_timeout=worker_timeout))
+            opened.callback(vector_envs[-1].close)
         return evaluate(
             Agent(pipeline, num_action_steps=task.num_action_steps),
-            vector_env,
+            vector_envs,
             seeds=seeds,
             cache=cache,
             coherency=coherency_of(task, controller),
@@ -93,8 +107,13 @@ def evaluate_on_task(
             progress=progress,
             **options,
         )
-    finally:
-        vector_env.close()
+
+
+def _workers_at_once(num_workers: int, overlap: bool) -> int:
+    """Of those that step at the same time."""
+    if overlap and (num_workers < 2 or num_workers % 2):
+        raise ValueError(f"`overlap` makes two halves of the workers: `num_workers` must be even, got {num_workers}.")
+    return num_workers // 2 if overlap else num_workers
 
 
 def coherency_of(task: Task, controller: str) -> Any:
@@ -115,6 +134,8 @@ def _cache_settings(
 ) -> dict[str, Any]:
     """All that a batch of episodes depends on besides its seeds."""
     decisions = {name: options[name] for name in ("num_candidates", "action_selection", "num_upsampling_passes")}
+    if options["early_ranking"] is not None:
+        decisions["early_ranking"] = list(options["early_ranking"])
     return {
         **decisions,
         "num_inference_steps": options["num_inference_steps"] or pipeline.config.num_inference_steps,
@@ -174,7 +195,8 @@ def save_videos(
         ValueError: see `dmc_hub.replay.replay`.
     """
     first, count = options["first_seed"], options["num_episodes"]
-    num_envs = num_side_by_side(task, count, options.get("num_workers", 0))
+    num_workers = _workers_at_once(options.get("num_workers", 0), options.get("overlap", False))
+    num_envs = num_side_by_side(task, count, num_workers)
     files = {}
     for which, place in best_median_worst(evaluation.outcomes).items():
         seed, steps = evaluation.records[place].seed, evaluation.steps

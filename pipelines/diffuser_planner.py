@@ -6,6 +6,8 @@ This file travels to the Hub: apart from its guarded base class it imports torch
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -126,6 +128,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         num_inference_steps: int | None = None,
         action_selection: str = "greedy",
         temperature: float = 1.0,
+        early_ranking: Sequence[float] | None = None,
         num_value_steps: int = 1,
         context: tuple[np.ndarray, np.ndarray] | None = None,
         inpainting: tuple[np.ndarray, np.ndarray] | None = None,
@@ -146,6 +149,9 @@ class DiffuserPlannerPipeline(ControlPipeline):
                 candidates, `"softmax"` draws one with probability proportional to `exp(value / temperature)` (IDQL,
                 arXiv:2304.10573).
             temperature: of `"softmax"`, in units of the return.
+            early_ranking: two shares, `(0.5, 0.25)` say: after so many of the denoising steps the critic values what
+                the candidates are predicted to become, and so many of them, rounded up, are denoised to the end; the
+                output holds these alone. None is off: all are.
             num_value_steps: candidates are valued by the mean of Q over so many pairs of the plan from now on; 1 values
                 the action about to be executed.
             context: the last `k < horizon` observations and actions before `observation`, of shapes
@@ -164,7 +170,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
 
         Raises:
             ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, no critic
-                to choose with, or no up-sampler for `num_upsampling_passes`.
+                to choose with, an impossible `early_ranking`, or no up-sampler for `num_upsampling_passes`.
         """
         observations = self.normalizer.observation_batch(observation)[:, 0].to(self.denoiser.device)
         _check_selection(action_selection, num_candidates, temperature, has_critic=self.critic is not None)
@@ -178,6 +184,15 @@ class DiffuserPlannerPipeline(ControlPipeline):
             condition = self.inpainting_condition(condition, *inpainting)
         condition = self.repeat(condition, num_candidates)
         start = None if previous_plan is None else self._shifted(previous_plan, len(observations), num_candidates)
+
+        def rated(latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            plans = torch.cat(self.decode(latents, condition), dim=-1).unflatten(0, (len(observations), -1))
+            return plans, None if self.critic is None else self._plan_values(plans[:, :, now:], num_value_steps)
+
+        def rate(latents: Tensor, condition: dict[str, Tensor]) -> Tensor | None:
+            return rated(latents, condition)[1]
+
+        ranking = _early_ranking(early_ranking, num_candidates, action_selection, self, rate)
         latents = self.sample(
             condition,
             num_inference_steps=num_inference_steps,
@@ -186,7 +201,9 @@ class DiffuserPlannerPipeline(ControlPipeline):
             start=start,
             num_start_steps=num_warm_start_steps,
             start_level=warm_start_level,
+            ranking=ranking,
         )
+        condition = condition if ranking is None else ranking.kept(condition)
         for _ in range(num_upsampling_passes):
             latents = self.sample(
                 {**condition, "draft": latents},
@@ -194,8 +211,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
                 generator=generator,
                 num_resampling_steps=num_resampling_steps,
             )
-        plans = torch.cat(self.decode(latents, condition), dim=-1).unflatten(0, (-1, num_candidates))
-        values = self._plan_values(plans[:, :, now:], num_value_steps) if self.critic is not None else None
+        plans, values = rated(latents, condition)
         plan = _select(plans, values, action_selection, temperature, generator)
         single = np.ndim(observation) == 1
 
@@ -300,6 +316,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         num_start_steps: int | None = None,
         start_level: float = 0.7,
         resume: tuple[Tensor, int] | None = None,
+        ranking: EarlyRanking | None = None,
     ) -> Tensor:
         """Denoise from noise to normalised plans `(B, horizon, latent_dim)`.
 
@@ -317,6 +334,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
                 `num_inference_steps`, at least 1.
             start_level: time in `(0, 1]`.
             resume: latents, and the number of denoising steps that led to them: go on from there.
+            ranking: leaves out the rows of low value part-way.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         if start is not None:
@@ -334,6 +352,7 @@ class DiffuserPlannerPipeline(ControlPipeline):
         latents = self.inpaint(latents, condition)
         extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         grad = torch.is_grad_enabled()
+        ranked = 0 if ranking is None else ranking.num_steps_before(len(timesteps))
         with _while_unchanged(self._network(condition, denoiser)):
             for step, timestep in enumerate(timesteps):
                 with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
@@ -342,8 +361,13 @@ class DiffuserPlannerPipeline(ControlPipeline):
                             latents = self.scheduler.renoise(latents, timestep, generator)
                             latents = self.inpaint(latents, condition)
                         output = self.predict(latents, timestep, condition, denoiser)
+                        clean = self.scheduler.predict(output, latents, timestep)[0] if step + 1 == ranked else None
                         latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
                         latents = self.inpaint(latents, condition)
+                    if ranking is not None and clean is not None:
+                        rows = ranking.choose(self._to_data_range(self.inpaint(clean, condition)), condition)
+                        latents, condition = latents[rows], _take(condition, rows)
+                        self.scheduler.keep_rows(rows)
         return self._to_data_range(latents)
 
     def _network(self, condition: dict[str, Tensor], denoiser: nn.Module | None) -> nn.Module:
@@ -517,6 +541,72 @@ def _check_passes(num_upsampling_passes: int, *, has_upsampler: bool) -> None:
             f"`num_upsampling_passes` is {num_upsampling_passes}, but this pipeline has no up-sampler: train one with "
             "CascadeTrainer, or leave it at 0."
         )
+
+
+@dataclass
+class EarlyRanking:
+    """After a share of the denoising steps the candidates of each condition are ranked by what they are predicted to
+    become, and only the best are denoised to the end.
+
+    share_of_steps: in `(0, 1)`; at least one step comes before the ranking and one after it.
+    num_kept: candidates of each condition that go on.
+    rate: clean latents and their conditions to values `(B, C)`, `C` candidates in a row for each of `B` conditions.
+    rows: of the latents that went on, once it is known; None where a single step left nothing to save.
+    """
+
+    share_of_steps: float
+    num_kept: int
+    rate: Callable[[Tensor, dict[str, Tensor]], Tensor | None]
+    rows: Tensor | None = None
+
+    def num_steps_before(self, num_steps: int) -> int:
+        """Denoising steps of all candidates, out of so many."""
+        return min(max(1, round(self.share_of_steps * num_steps)), num_steps - 1)
+
+    def choose(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The rows of the best, in their order."""
+        values = self.rate(latents, condition)
+        assert values is not None
+        best = values.topk(self.num_kept, dim=1).indices.sort(dim=1).values
+        first = values.shape[1] * torch.arange(len(values), device=values.device)
+        self.rows = (first[:, None] + best).flatten()
+        return self.rows
+
+    def kept(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The conditions of those that went on."""
+        return condition if self.rows is None else _take(condition, self.rows)
+
+
+def _take(condition: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in condition.items()}
+
+
+def _early_ranking(
+    shares: Sequence[float] | None,
+    num_candidates: int,
+    selection: str,
+    pipeline: DiffusionPipeline,
+    rate: Callable[[Tensor, dict[str, Tensor]], Tensor | None],
+) -> EarlyRanking | None:
+    """The ranking that a call's `early_ranking` asks for."""
+    if shares is None:
+        return None
+    if len(shares) != 2 or not 0 < shares[0] < 1 or not 0 < shares[1] <= 1:
+        raise ValueError(
+            "`early_ranking` must be two shares: of the denoising steps, in (0, 1), and of the candidates that go on, "
+            f"in (0, 1]; got {shares}."
+        )
+    if pipeline.critic is None or selection == "expectation":
+        raise ValueError(
+            "`early_ranking` leaves out candidates that the critic values little: it needs a critic and another "
+            f"`action_selection` than 'expectation', got {selection!r}."
+        )
+    if not hasattr(pipeline.scheduler, "keep_rows"):
+        raise ValueError(
+            f"`early_ranking` needs a TransitionScheduler, which says what a sample is predicted to become; this "
+            f"pipeline's is a {type(pipeline.scheduler).__name__}."
+        )
+    return EarlyRanking(shares[0], math.ceil(round(shares[1] * num_candidates, 6)), rate)
 
 
 def _select(

@@ -6,7 +6,8 @@ This file travels to the Hub: apart from its guarded base class it imports torch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -142,6 +143,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
         num_inference_steps: int | None = None,
         action_selection: str = "greedy",
         temperature: float = 1.0,
+        early_ranking: Sequence[float] | None = None,
         num_upsampling_passes: int = 0,
         generator: int | np.integer | torch.Generator | None = None,
     ) -> PolicyOutput:
@@ -158,13 +160,16 @@ class DiffusionPolicyPipeline(ControlPipeline):
                 candidates, `"softmax"` draws one with probability proportional to `exp(value / temperature)` (IDQL,
                 arXiv:2304.10573).
             temperature: of `"softmax"`, in units of the return.
+            early_ranking: two shares, `(0.5, 0.25)` say: after so many of the denoising steps the critic values what
+                the candidates are predicted to become, and so many of them, rounded up, are denoised to the end; the
+                output holds these alone. None is off: all are.
             num_upsampling_passes: so many times the up-sampler samples a better candidate given each, which takes
                 its place (sections 3.4 and 3.5 of arXiv:2502.12198, which advises 1 or 2); 0 is off.
             generator: a seed or a torch generator; None draws from torch's global one.
 
         Raises:
             ValueError: an observation of the wrong shape or dtype or with NaN, an unknown `action_selection`, no critic
-                to choose with, or no up-sampler for `num_upsampling_passes`.
+                to choose with, an impossible `early_ranking`, or no up-sampler for `num_upsampling_passes`.
         """
         if isinstance(observation, Mapping):
             observation = self.observation_vectors(observation)
@@ -174,12 +179,21 @@ class DiffusionPolicyPipeline(ControlPipeline):
         if isinstance(generator, (int, np.integer)):
             generator = torch.Generator().manual_seed(int(generator))
         condition = self.repeat(self.observation_condition(history), num_candidates)
-        latents = self.sample(condition, num_inference_steps=num_inference_steps, generator=generator)
+
+        def rated(latents: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            sequences = self.decode(latents, condition)[1].unflatten(0, (len(history), -1))
+            return sequences, None if self.critic is None else self._values(history[:, -1], sequences)
+
+        def rate(latents: Tensor, condition: dict[str, Tensor]) -> Tensor | None:
+            return rated(latents, condition)[1]
+
+        ranking = _early_ranking(early_ranking, num_candidates, action_selection, self, rate)
+        latents = self.sample(condition, num_inference_steps=num_inference_steps, generator=generator, ranking=ranking)
+        condition = condition if ranking is None else ranking.kept(condition)
         for _ in range(num_upsampling_passes):
             drafted = {**condition, "draft": latents}
             latents = self.sample(drafted, num_inference_steps=num_inference_steps, generator=generator)
-        sequences = self.decode(latents, condition)[1].unflatten(0, (-1, num_candidates))
-        values = self._values(history[:, -1], sequences) if self.critic is not None else None
+        sequences, values = rated(latents, condition)
         chosen = _select(sequences, values, action_selection, temperature, generator)
         single = np.ndim(observation) == (1 if self.num_observation_steps == 1 else 2)
 
@@ -281,6 +295,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
         denoiser: nn.Module | None = None,
         num_grad_steps: int = 0,
         resume: tuple[Tensor, int] | None = None,
+        ranking: EarlyRanking | None = None,
     ) -> Tensor:
         """Denoise from noise to normalised action sequences `(B, horizon, action_dim)`.
 
@@ -293,6 +308,7 @@ class DiffusionPolicyPipeline(ControlPipeline):
             denoiser: stands in for the component.
             num_grad_steps: gradients flow through the last so many steps only (`sg(., K)` of Eq. 9).
             resume: latents, and the number of denoising steps that led to them: go on from there.
+            ranking: leaves out the rows of low value part-way.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps)
@@ -308,14 +324,24 @@ class DiffusionPolicyPipeline(ControlPipeline):
             latents = self._inpaint(latents, condition, timesteps[0], generator)
         extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         grad = torch.is_grad_enabled()
+        ranked = 0 if ranking is None else ranking.num_steps_before(len(timesteps))
         with _while_unchanged(self._network(condition, denoiser)):
             for step, timestep in enumerate(timesteps):
                 with torch.set_grad_enabled(grad and step >= len(timesteps) - num_grad_steps):
                     output = self.predict(latents, timestep, condition, denoiser)
+                    clean = self.scheduler.predict(output, latents, timestep)[0] if step + 1 == ranked else None
                     latents = self.scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
                     if has_fixed:
                         next_timestep = self.scheduler.next_timestep(timestep)
                         latents = self._inpaint(latents, condition, next_timestep, generator)
+                    if ranking is not None and clean is not None:
+                        rows = ranking.choose(self._to_data_range(clean), condition)
+                        latents, condition = latents[rows], _take(condition, rows)
+                        self.scheduler.keep_rows(rows)
+        return self._to_data_range(latents)
+
+    def _to_data_range(self, latents: Tensor) -> Tensor:
+        """Clamp actions: one outside the data's range is never executed."""
         result: Tensor = latents.clamp(-1, 1) if self.normalizer.config.mode == "limits" else latents
         return result
 
@@ -448,6 +474,72 @@ def _check_passes(num_upsampling_passes: int, *, has_upsampler: bool) -> None:
             f"`num_upsampling_passes` is {num_upsampling_passes}, but this pipeline has no up-sampler: train one with "
             "CascadeTrainer, or leave it at 0."
         )
+
+
+@dataclass
+class EarlyRanking:
+    """After a share of the denoising steps the candidates of each condition are ranked by what they are predicted to
+    become, and only the best are denoised to the end.
+
+    share_of_steps: in `(0, 1)`; at least one step comes before the ranking and one after it.
+    num_kept: candidates of each condition that go on.
+    rate: clean latents and their conditions to values `(B, C)`, `C` candidates in a row for each of `B` conditions.
+    rows: of the latents that went on, once it is known; None where a single step left nothing to save.
+    """
+
+    share_of_steps: float
+    num_kept: int
+    rate: Callable[[Tensor, dict[str, Tensor]], Tensor | None]
+    rows: Tensor | None = None
+
+    def num_steps_before(self, num_steps: int) -> int:
+        """Denoising steps of all candidates, out of so many."""
+        return min(max(1, round(self.share_of_steps * num_steps)), num_steps - 1)
+
+    def choose(self, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The rows of the best, in their order."""
+        values = self.rate(latents, condition)
+        assert values is not None
+        best = values.topk(self.num_kept, dim=1).indices.sort(dim=1).values
+        first = values.shape[1] * torch.arange(len(values), device=values.device)
+        self.rows = (first[:, None] + best).flatten()
+        return self.rows
+
+    def kept(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The conditions of those that went on."""
+        return condition if self.rows is None else _take(condition, self.rows)
+
+
+def _take(condition: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in condition.items()}
+
+
+def _early_ranking(
+    shares: Sequence[float] | None,
+    num_candidates: int,
+    selection: str,
+    pipeline: DiffusionPipeline,
+    rate: Callable[[Tensor, dict[str, Tensor]], Tensor | None],
+) -> EarlyRanking | None:
+    """The ranking that a call's `early_ranking` asks for."""
+    if shares is None:
+        return None
+    if len(shares) != 2 or not 0 < shares[0] < 1 or not 0 < shares[1] <= 1:
+        raise ValueError(
+            "`early_ranking` must be two shares: of the denoising steps, in (0, 1), and of the candidates that go on, "
+            f"in (0, 1]; got {shares}."
+        )
+    if pipeline.critic is None or selection == "expectation":
+        raise ValueError(
+            "`early_ranking` leaves out candidates that the critic values little: it needs a critic and another "
+            f"`action_selection` than 'expectation', got {selection!r}."
+        )
+    if not hasattr(pipeline.scheduler, "keep_rows"):
+        raise ValueError(
+            f"`early_ranking` needs a TransitionScheduler, which says what a sample is predicted to become; this "
+            f"pipeline's is a {type(pipeline.scheduler).__name__}."
+        )
+    return EarlyRanking(shares[0], math.ceil(round(shares[1] * num_candidates, 6)), rate)
 
 
 def _select(

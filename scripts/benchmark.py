@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from dmc_hub.benchmarks.alignment import SETTINGS, RewardPerForward
 from dmc_hub.benchmarks.data import measure_conversion, measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.plan import measure_plans
-from dmc_hub.benchmarks.profile import profiled
+from dmc_hub.benchmarks.profile import measure_profiles
 from dmc_hub.benchmarks.prompts import stream_prompts
+from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.rollout import measure_rollouts
 from dmc_hub.benchmarks.table import write_table
@@ -30,7 +32,9 @@ from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
 from dmc_hub.foundations import shared_foundation
 from dmc_hub.plots import plot_growth
+from dmc_hub.profiling import profiled
 
+TASK = "nav1d-full"
 ALIGNMENT_STEPS = {"plain DDPO": 400, "REINFORCE": 400, "PPO": 400, "QV-PG": 200, "NFT": 200}
 
 
@@ -68,20 +72,40 @@ def growth(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The most expensive operations of planning, acting, training, alignment and rollouts."""
+    return measure_profiles(**_common(arguments, 5))
+
+
 def _common(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     repeats = repeats if arguments.repeats is None else arguments.repeats
     return {"repeats": repeats, "device": arguments.device, "seed": arguments.seed}
 
 
+def ranking(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ranking candidates part-way saves and costs: time, value of what is chosen, return on Nav1D."""
+    with _foundation(arguments, scale=arguments.scale) as foundation:
+        options: dict[str, Any] = {"task": TASK, "controller": arguments.controller}
+        return measure_ranking(foundation, **options, num_episodes=arguments.num_episodes, **_common(arguments, 5))
+
+
+@contextmanager
+def _foundation(arguments: argparse.Namespace, scale: float = 1.0) -> Iterator[Path]:
+    """The one that is given, or a new one of Nav1D."""
+    if arguments.foundation is not None:
+        yield Path(arguments.foundation)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        options: dict[str, Any] = {"controller": arguments.controller, "training_scale": scale}
+        run = AlignArguments(task=TASK, output_dir=scratch, **options)
+        yield shared_foundation(run.settings(), Path(scratch))
+
+
 def alignment(arguments: argparse.Namespace) -> dict[str, Any]:
     """Denoiser evaluations to 90 % of the best gain: plain DDPO, REINFORCE, PPO, QV-PG, NFT."""
-    with tempfile.TemporaryDirectory() as scratch:
-        foundation = arguments.foundation
-        if foundation is None:
-            run = AlignArguments(task="nav1d-full", output_dir=scratch, controller=arguments.controller)
-            foundation = shared_foundation(run.settings(), Path(scratch))
+    with _foundation(arguments) as foundation:
         steps = {name: max(2, round(arguments.scale * ALIGNMENT_STEPS[name])) for name in SETTINGS}
-        return RewardPerForward(Path(foundation), controller=arguments.controller, seed=arguments.seed).run(steps)
+        return RewardPerForward(foundation, controller=arguments.controller, seed=arguments.seed).run(steps)
 
 
 def data(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="threads of torch; as many as there are cores by default")
         return command
 
-    for run in (plan, act, train, align, rollout, growth):
+    for run in (plan, act, train, align, rollout, growth, ranking, profile):
         command = add(run)
         command.add_argument("--device", default="cpu")
         command.add_argument("--repeats", type=int, help="of each measurement")
@@ -136,10 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks.choices["rollout"].add_argument("--num-envs", type=int, default=16)
     benchmarks.choices["rollout"].add_argument("--num-workers", type=int, default=2)
     benchmarks.choices["growth"].add_argument("--plot", help="PNG file")
-    command = add(alignment)
-    command.add_argument("--controller", choices=("planner", "policy"), default="planner")
-    command.add_argument("--foundation", help="folder of a trained pipeline with its critic; by default one is trained")
-    command.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of training steps")
+    benchmarks.choices["ranking"].add_argument("--num-episodes", type=int, default=128)
+    for command in (benchmarks.choices["ranking"], add(alignment)):
+        command.add_argument("--controller", choices=("planner", "policy"), default="planner")
+        command.add_argument("--foundation", help="folder of a trained pipeline with its critic; else one is trained")
+    benchmarks.choices["ranking"].add_argument("--scale", type=float, default=0.5, help="factor on its training steps")
+    benchmarks.choices["alignment"].add_argument(
+        "--scale", type=float, default=1.0, help="factor on the numbers of training steps"
+    )
     command = add(data)
     command.add_argument("--horizons", type=int, nargs="+", default=[4, 8, 16, 32])
     command.add_argument("--batch-size", type=int, default=256)

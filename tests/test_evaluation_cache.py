@@ -23,7 +23,7 @@ from dmc_hub.models.critic import TwinQCritic
 from dmc_hub.models.dit import DiffusionTransformer1D
 from dmc_hub.models.normalizer import Normalizer
 from dmc_hub.pipelines import DiffusionPolicyPipeline
-from dmc_hub.rollout import Rollouts, run_episodes
+from dmc_hub.rollout import Lane, Rollouts, run_lanes
 from dmc_hub.scheduler import TransitionScheduler
 from dmc_hub.task_evaluation import evaluate_on_task
 from dmc_hub.tasks import get_task
@@ -66,16 +66,20 @@ class Runs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seeds: list[int] = []
         self.stop_after: int | None = None
-        monkeypatch.setattr("dmc_hub.evaluation.run_episodes", self)
+        monkeypatch.setattr("dmc_hub.evaluation.run_lanes", self)
 
-    def __call__(self, *args: Any, seeds: Sequence[int], on_batch: Any, **options: Any) -> Rollouts:
-        def counted(rollouts: Rollouts) -> None:
+    def __call__(self, lanes: Sequence[Lane], **options: Any) -> Rollouts:
+        return run_lanes([dataclasses.replace(lane, on_batch=self.counted(lane)) for lane in lanes], **options)
+
+    def counted(self, lane: Lane) -> Any:
+        def on_batch(rollouts: Rollouts) -> None:
             if self.stop_after is not None and len(self.seeds) >= self.stop_after:
                 raise KeyboardInterrupt
             self.seeds += rollouts.seeds.tolist()
-            on_batch(rollouts)
+            assert lane.on_batch is not None
+            lane.on_batch(rollouts)
 
-        return run_episodes(*args, seeds=seeds, on_batch=counted, **options)
+        return on_batch
 
 
 def test_an_interrupted_evaluation_continues_and_a_repeated_one_runs_nothing(
@@ -119,6 +123,7 @@ def test_worker_processes_change_nothing(policy: DiffusionPolicyPipeline, monkey
         {"generator_seed": 1},
         {"num_workers": 2},
         {"num_inference_steps": 1},
+        {"early_ranking": (0.5, 0.5)},
     ],
 )
 def test_other_ways_to_decide_are_not_read(
@@ -192,3 +197,16 @@ def test_the_command_keeps_what_it_has_run(
     assert runs.seeds == [2_000_000 + i for i in range(4)]
     assert main([*command[:-2], "--num-workers", "-1"]) == 2
     assert "`num_workers` must not be negative, got -1" in capsys.readouterr().err
+
+
+def test_the_command_ranks_early(
+    policy: DiffusionPolicyPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy.save_pretrained(tmp_path / "policy")
+    command = ["evaluate", "--task", "nav1d-full", "--pipeline", str(tmp_path / "policy"), "--num-episodes", "2"]
+    assert main([*command, "--num-candidates", "4", "--early-ranking", "0.5", "0.25"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["early_ranking"] == [0.5, 0.25]
+    assert result["candidate_diversity"] == 0.0, "one candidate is left of four"
+    assert main([*command, "--early-ranking", "0.5"]) == 2
+    assert "`early_ranking` must be two shares" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,13 +20,17 @@ from dmc_hub.benchmarks.data import measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
 from dmc_hub.benchmarks.originals import CleanDiT, DiffuserUnet, DiffuserValue, guided_sampling
 from dmc_hub.benchmarks.plan import SAMPLERS, PlannerSizes, measure_plans
-from dmc_hub.benchmarks.profile import profiled
+from dmc_hub.benchmarks.profile import DONE, measure_profiles
+from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rollout import SIZES, measure_rollouts
-from dmc_hub.benchmarks.table import END, START, write_table
+from dmc_hub.benchmarks.table import END, START, table, write_table
 from dmc_hub.benchmarks.timing import Clock
 from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.models.temporal_unet import TemporalUnet
 from dmc_hub.plots import plot_growth
+from dmc_hub.presets import preset_of
+from dmc_hub.profiling import profiled
+from dmc_hub.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
 TINY = PlannerSizes(horizon=8, dim=32, dim_mults=(1, 2), num_inference_steps=2)
@@ -82,6 +87,48 @@ def test_rollouts() -> None:
     for report in result["environments"].values():
         check(report, "run_episodes", "steps alone")
         assert report["steps"] == 8
+
+
+def test_ranking(tmp_path: Path) -> None:
+    task = get_task("nav1d-full")
+    pipeline: Any = preset_of(task, "policy", "ddpm").build_pipeline(task.episodes(0, []), 0)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pipeline.denoiser.head.weight, std=0.05)  # it starts at zero
+    pipeline.save_pretrained(tmp_path / "policy")
+    counts: dict[str, Any] = {"num_candidates": 4, "num_states": 8, "num_episodes": 2, "repeats": 1}
+    shares = ((0.5, 1.0), (0.5, 0.25))
+    options: dict[str, Any] = {"task": task.name, "controller": "policy", "sizes": TINY}
+    result = measure_ranking(tmp_path / "policy", shares=shares, **options, **counts)
+    everything, some = (f"0.5 of the steps, {kept} go on" for kept in ("1", "0.25"))
+    check(result["time"], everything, some)
+    quality = result["quality"]
+    assert quality["one candidate"]["value"] < quality[some]["value"] < quality["all to the end"]["value"]
+    assert quality[everything] == quality["all to the end"]
+    assert quality[everything]["share_of_gain"] == 1.0
+    assert 0.0 < quality[some]["share_of_gain"] < 1.0
+    (tmp_path / "ranking.json").write_text(json.dumps({**result, "command": "c", "versions": {"torch": "2"}}))
+    rows = [
+        line for line in table(tmp_path).splitlines() if line.startswith(("| one candidate |", "| all to the end |"))
+    ]
+    assert rows[0].startswith("| one candidate |  | 0.00 | ")
+    assert rows[1].startswith("| all to the end | 1.00 | 1.00 | ")
+
+
+def test_profiles_and_their_tables(tmp_path: Path) -> None:
+    result = measure_profiles(sizes=dataclasses.replace(TINY, dim=8), batch_size=4, repeats=1)
+    assert result["profiles"].keys() == {"plan", "act", "train", "align", "rollout"}
+    for row in result["profiles"].values():
+        assert len(row["operations"]) == 10
+        assert row["repeats"] == 1
+        assert 0 <= row["outside"] < 1
+    calls = {path: row["operations"] for path, row in result["profiles"].items()}
+    assert any("backward" in row["name"] for row in calls["train"] + calls["align"])
+    assert not any("backward" in row["name"] for row in calls["plan"] + calls["act"] + calls["rollout"])
+    result["profiles"]["plan"]["operations"][0] = {"name": "aten::mish", "calls": 2000, "share": 0.25}
+    (tmp_path / "profile.json").write_text(json.dumps({**result, "command": "c", "versions": {"torch": "2"}}))
+    text = table(tmp_path)
+    assert "Most expensive in **rollout**, 16 episodes" in text
+    assert f"| `aten::mish` | 2,000 | 25.0% | {DONE['aten::mish']} |" in text
 
 
 def test_growth_and_its_plot(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
-from dmc_hub import checkpoint
+from dmc_hub import checkpoint, profiling
 from dmc_hub.adapters import PEFT_PREFIX
 from dmc_hub.checkpoint import CheckpointError
 from dmc_hub.errors import CollapseError, DmcHubError, SaveError, StoppedBySignal
@@ -513,6 +513,7 @@ class DiffusionTrainer(Trainer, ABC):
         return result
 
     def _after_step(self, control: TrainerControl) -> None:
+        profiling.end_step(type(self).__name__)
         self.after_optimizer_step()
         if self._ema is not None:
             self._ema.step(self._trainable)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dmc_hub.benchmarks.digits import DIGITS, TONES, prompt_of, tiny_stable_diffusion
-from dmc_hub.image_commands import stream_of_rows
+from dmc_hub.prompt_files import stream_of_rows
 from dmc_hub.text_to_image import TextToImagePolicy
 
 BATCH = 64

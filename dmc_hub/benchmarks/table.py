@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmc_hub.benchmarks.profile import profile_tables
+from dmc_hub.profiling import operations_table
+
 KINDS = ("ratio", "cpu_ratio", "fastest_ratio")
 START, END = "<!-- results: written by scripts/benchmark.py table -->", "<!-- end of the results -->"
 
@@ -104,8 +107,12 @@ def table(folder: Path) -> str:
     for result in results.values():
         if "growth" in result:
             lines += ["", *_growth(result["growth"])]
+        if "quality" in result:
+            lines += ["", *_ranking(result)]
+        if "profiles" in result:
+            lines += profile_tables(result["profiles"])
         if "most_expensive" in result:
-            lines += ["", f"Most expensive in `{result['command']}`:", "", *_operations(result["most_expensive"])]
+            lines += ["", f"Most expensive in `{result['command']}`:", "", *operations_table(result["most_expensive"])]
     return "\n".join(lines) + "\n"
 
 
@@ -124,6 +131,17 @@ def _growth(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _operations(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| operation | calls | share of the time |", "|---|---|---|"]
-    return lines + [f"| `{row['name'][:60]}` | {row['calls']:,} | {row['share']:.1%} |" for row in rows]
+def _ranking(result: Mapping[str, Any]) -> list[str]:
+    time, quality = result["time"], result["quality"]
+    names = ["one candidate", time["floor"], *time["ratio"]]
+    lines = [
+        f"| early ranking of {result['num_candidates']} candidates | processor time of a decision, fastest | share of "
+        f"the gain in value, {quality['task']} | return, {quality['num_episodes']} episodes |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        row, ratio = quality[name], {time["floor"]: 1.0, **time["fastest_ratio"]}.get(name)
+        earned = row["return"]
+        figures = f"{row['share_of_gain']:.2f} | {earned['mean']:.2f} [{earned['low']:.2f}, {earned['high']:.2f}]"
+        lines.append(f"| {name} | {'' if ratio is None else f'{ratio:.2f}'} | {figures} |")
+    return lines

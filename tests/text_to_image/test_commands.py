@@ -16,7 +16,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from dmc_hub import checkpoint
 from dmc_hub.cli import main
-from dmc_hub.image_commands import load_rewards, stream_of_rows
+from dmc_hub.image_commands import load_rewards
+from dmc_hub.prompt_files import stream_of_rows
 from dmc_hub.trainers.ddpo import DDPOConfig
 
 REPO = Path(__file__).parents[2]

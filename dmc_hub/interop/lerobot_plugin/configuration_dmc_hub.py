@@ -18,6 +18,9 @@ class DmcHubConfig(PreTrainedConfig):
     action_selection: str = field(
         default="greedy", metadata={"help": "How one is chosen: greedy, expectation or softmax."}
     )
+    early_ranking: list[float] | None = field(
+        default=None, metadata={"help": "Two shares: of the denoising steps, and of the candidates that go on then."}
+    )
     num_action_steps: int = field(default=1, metadata={"help": "Actions executed before the next decision."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling noise of an evaluation."})
     normalization_mapping: dict[str, NormalizationMode] = field(

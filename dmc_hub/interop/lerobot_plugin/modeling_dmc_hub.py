@@ -72,6 +72,7 @@ class DmcHubPolicy(PreTrainedPolicy):
             observation.float().cpu().numpy(),
             num_candidates=self.config.num_candidates,
             action_selection=self.config.action_selection,
+            early_ranking=self.config.early_ranking,
             generator=self._generator,
         )
         return torch.from_numpy(output.action)
