@@ -135,6 +135,8 @@ def test_profiles_and_their_tables(tmp_path: Path) -> None:
     text = table(tmp_path)
     assert "Most expensive in **rollout**, 16 episodes" in text
     assert f"| `aten::mish` | 2,000 | 25.0% | {DONE['aten::mish']} |" in text
+    trained = text[text.index("Most expensive in **train**") : text.index("Most expensive in **rollout**")]
+    assert "compile()" not in trained, "trainers compile nothing"
 
 
 def test_growth_and_its_plot(tmp_path: Path) -> None:
