@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         benchmarks.choices[name].add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
     benchmarks.choices["act"].add_argument("--eager", action="store_true", help="compile nothing")
     benchmarks.choices["rollout"].add_argument("--num-envs", type=int, default=16)
-    benchmarks.choices["rollout"].add_argument("--num-workers", type=int, default=2)
+    benchmarks.choices["rollout"].add_argument("--num-workers", type=int, default=2, help="an even number")
     benchmarks.choices["growth"].add_argument("--plot", help="PNG file")
     benchmarks.choices["ranking"].add_argument("--num-episodes", type=int, default=128)
     for command in (benchmarks.choices["ranking"], add(alignment)):

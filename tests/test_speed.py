@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dmc_hub import compilation
 from dmc_hub.benchmarks.plan import SAMPLERS, PlannerSizes
-from dmc_hub.compilation import ChannelsLastUnet, CompilationWarning, CompiledNetwork
+from dmc_hub.compilation import ChannelsLastUnet, CompilationWarning, CompiledNetwork, fused_denoise
 from dmc_hub.models import dit, temporal_unet
 from dmc_hub.models.dit import DiffusionTransformer1D
 from dmc_hub.models.temporal_unet import TemporalUnet
@@ -97,6 +97,44 @@ def test_an_adapter_that_cannot_be_added_is_computed_as_before(eager: None) -> N
         with pytest.warns(CompilationWarning, match="not compiled and computes as before"), compiled.while_unchanged():
             output = compiled(sample, 3)[0]
         assert torch.equal(output, network(sample, 3).sample)
+
+
+# ---- The transformer's form that is compiled ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draft_dim": 3}, {"normalized_residual": True}, {"condition_dim": 4}, {"position_embedding": "positional"}],
+    ids=str,
+)
+def test_the_fused_transformer_is_the_same_function(options: dict[str, Any]) -> None:
+    network = moved(DiffusionTransformer1D(5, **{"dim": 16, "num_heads": 2, **options}))
+    sample, condition = torch.randn(3, 8, 5 + options.get("draft_dim", 0)), None
+    if "condition_dim" in options:
+        condition = torch.randn(3, 4)
+    outputs = []
+    for _ in range(2):
+        modulations = network.modulations(3, condition, sample)
+        outputs.append(network.denoise(sample, modulations))
+        fused = fused_denoise(network, sample, modulations)
+        torch.testing.assert_close(fused, outputs[-1], rtol=1e-4, atol=1e-5)
+        if len(outputs) == 1:
+            targets = ["blocks.0.qkv", "blocks.1.mlp.0", "blocks.1.mlp.2", "head"]
+            network.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False))
+    assert not torch.allclose(*outputs)
+
+
+@pytest.mark.parametrize("x", [-1e30, -90.0, -5.0, -0.5, 0.0, 1e-4, 1.0, 5.0, 90.0, 1e30])
+def test_gelu_with_one_exponential(x: float) -> None:
+    value = torch.tensor([x])
+    expected = nn.functional.gelu(value.double(), approximate="tanh").float()
+    torch.testing.assert_close(compilation._gelu(value), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_layer_norm_in_two_sums() -> None:
+    x = 3.0 * torch.randn(4, 320) + 100.0
+    expected = nn.functional.layer_norm(x.double(), (320,), eps=1e-6).float()
+    torch.testing.assert_close(compilation._norm(x, 1e-6), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- compile() ------------------------------------------------------------------------------------------

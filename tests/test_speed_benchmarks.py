@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmc_hub.benchmarks import growth, originals
+from dmc_hub.benchmarks import growth, originals, rollout
 from dmc_hub.benchmarks.act import measure_acting
 from dmc_hub.benchmarks.data import measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
@@ -82,8 +82,14 @@ def test_windows() -> None:
     check(measure_windows(num_steps=3000, horizon=4, batch_size=256, repeats=1)["batches"], "episodes")
 
 
-def test_rollouts() -> None:
-    result = measure_rollouts(num_envs=2, num_workers=1, repeats=1, sizes=SIZES)
+def test_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "SHARES", (0.5, 1.0))
+    sizes = dataclasses.replace(SIZES, dim=8, num_inference_steps=2)
+    result = measure_rollouts(num_envs=2, num_workers=2, repeats=1, sizes=sizes)
+    for report in result["turns"]["by_share"].values():
+        check(report, "two halves in turn")
+    (tmp_path / "rollout.json").write_text(json.dumps({**result, "command": "c", "versions": {"torch": "2"}}))
+    assert "| a step waits, in decisions for 2 workers | 2 workers in two halves that take turns /" in table(tmp_path)
     for report in result["environments"].values():
         check(report, "run_episodes", "steps alone")
         assert report["steps"] == 8
@@ -129,6 +135,8 @@ def test_profiles_and_their_tables(tmp_path: Path) -> None:
     text = table(tmp_path)
     assert "Most expensive in **rollout**, 16 episodes" in text
     assert f"| `aten::mish` | 2,000 | 25.0% | {DONE['aten::mish']} |" in text
+    trained = text[text.index("Most expensive in **train**") : text.index("Most expensive in **rollout**")]
+    assert "compile()" not in trained, "trainers compile nothing"
 
 
 def test_growth_and_its_plot(tmp_path: Path) -> None:
@@ -143,12 +151,12 @@ def test_growth_and_its_plot(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
-    output = tmp_path / "rollout.json"
-    command = [sys.executable, "scripts/benchmark.py", "rollout", "--num-envs", "1", "--num-workers", "1"]
+    output = tmp_path / "plan.json"
+    command = [sys.executable, "scripts/benchmark.py", "plan", "--batch-sizes", "1"]
     options = ["--repeats", "1", "--threads", "1", "--output", str(output)]
     subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
     result = json.loads(output.read_text())
-    assert {"benchmark", "command", "versions", "machine", "sizes", "environments"} <= result.keys()
+    assert {"benchmark", "command", "versions", "machine", "sizes", "batch_sizes"} <= result.keys()
     assert result["machine"]["threads"] == 1
 
 

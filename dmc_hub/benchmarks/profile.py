@@ -32,18 +32,19 @@ PATHS = {
 _OWN = "the network's own arithmetic; `compile()` keeps its weights in the layout of its inputs"
 _DISPATCH = "a convolution over time on its way to one over two dimensions; the compiled form has these from the start"
 _FUSED = "`compile()` fuses it with what lies around it"
-_BACKWARD = "nothing: trainers differentiate the network as it is, so that a ratio on policy stays exactly 1"
+_TRAINED = "nothing: trainers compute through the network as it is, so that a ratio on policy stays exactly 1"
 DONE = {
     "aten::mkldnn_convolution": _OWN,
     "aten::_slow_conv2d_forward": "what eager torch takes for a batch of one; `compile()` has oneDNN's instead",
+    "aten::slow_conv_transpose2d": "`compile()` computes it as a plain convolution",
     "aten::addmm": _OWN,
     **dict.fromkeys(("aten::_convolution", "aten::convolution", "aten::conv1d"), _DISPATCH),
     **dict.fromkeys(("aten::unsqueeze", "aten::squeeze", "aten::reshape", "aten::as_strided"), _DISPATCH),
-    **dict.fromkeys(("aten::empty", "aten::as_strided_"), _DISPATCH),
+    **dict.fromkeys(("aten::empty", "aten::as_strided_", "aten::view"), _DISPATCH),
     "aten::mish": "`compile()` computes it with one exponential, in one pass with the norm before it",
     **dict.fromkeys(("aten::native_group_norm", "aten::group_norm", "aten::add", "aten::mul", "aten::cat"), _FUSED),
     "aten::copy_": "the condition is repeated once per decision; `compile()` fuses the rest",
-    **dict.fromkeys((f"aten::{name}_backward" for name in ("convolution", "mish", "native_group_norm")), _BACKWARD),
+    **dict.fromkeys((f"aten::{name}_backward" for name in ("convolution", "mish", "native_group_norm")), _TRAINED),
     "aten::_fused_adamw_": "one call for all weights",
     "aten::linalg_vector_norm": "of the gradients, to clip them; the pass that multiplies them by 1 is left out",
 }
@@ -172,5 +173,7 @@ def profile_tables(profiles: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines += ["| operation | calls | share of the operations' time | what was done |", "|---|---|---|---|"]
         for row in profile["operations"]:
             done = DONE.get(row["name"], "nothing")
+            if path in ("train", "align") and "compile" in done:
+                done = _TRAINED
             lines.append(f"| `{row['name'][:60]}` | {row['calls']:,} | {row['share']:.1%} | {done} |")
     return lines

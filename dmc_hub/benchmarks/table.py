@@ -107,6 +107,8 @@ def table(folder: Path) -> str:
     for result in results.values():
         if "growth" in result:
             lines += ["", *_growth(result["growth"])]
+        if "turns" in result:
+            lines += ["", *_turns(result["turns"])]
         if "quality" in result:
             lines += ["", *_ranking(result)]
         if "profiles" in result:
@@ -128,6 +130,18 @@ def _growth(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, row in rows.items():
         values, times = (", ".join(f"{each:,}" for each in row[key]) for key in ("values", "milliseconds"))
         lines.append(f"| {name} | {values} | {times} | {row['exponent']:.2f} |")
+    return lines
+
+
+def _turns(turns: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"| a step waits, in decisions for {turns['num_workers']} workers | {turns['num_workers']} workers in two "
+        "halves that take turns / all at once, wall time | repeats |",
+        "|---|---|---|",
+    ]
+    for share, report in turns["by_share"].items():
+        [ratio] = report["ratio"].values()
+        lines.append(f"| {share} | {ratio:.2f} | {report['repeats']} |")
     return lines
 
 
