@@ -74,7 +74,7 @@ def _measure_turns(planner: Any, num_workers: int, repeats: int, device: str, se
     """By the share of a decision that a step waits; `num_workers` is even, and twice as many episodes are run."""
 
     def controller(observations: Any, generator: torch.Generator | None) -> np.ndarray:
-        return planner(observations, num_candidates=NUM_CANDIDATES, generator=generator).action
+        return cast(np.ndarray, planner(observations, num_candidates=NUM_CANDIDATES, generator=generator).action)
 
     observations = np.zeros((num_workers, planner.observation_dim), np.float32)
     decision = take_turns({ALL: lambda: controller(observations, None)}, ALL, repeats=repeats, device=device)
