@@ -9,7 +9,8 @@ import torch
 
 from dmc_hub.benchmarks.joint_report import as_table, reproduce_joint
 
-QUICK = {"base_steps": 60, "iterations": 2, "credit_iterations": 2, "recipe_iterations": 2, "num_pictures": 16}
+QUICK = {"base_steps": 60, "iterations": 2, "joint_iterations": 2}
+QUICK |= {"credit_iterations": 2, "recipe_iterations": 2, "num_pictures": 16}
 
 
 def main() -> None:

@@ -68,7 +68,9 @@ class JointMiniature:
     Attributes:
         seed: of data, training and measurement.
         base_steps: of the U-Net's pretraining.
-        iterations: samplings of each NFT run, of 128 pictures.
+        iterations: samplings, of 128 pictures, of each NFT run for one reward.
+        joint_iterations: likewise of the joint models, which half of what the three single models take has to be enough
+            for.
         credit_iterations: likewise of the two DDPO runs that compare credits.
         recipe_iterations: of the paper's recipe, of which each costs as much as five of the others.
         num_pictures: measured for each prompt, a multiple of 16.
@@ -78,6 +80,7 @@ class JointMiniature:
     seed: int = 0
     base_steps: int = 550
     iterations: int = 40
+    joint_iterations: int = 60
     credit_iterations: int = 12
     recipe_iterations: int = 12
     num_pictures: int = 64
@@ -144,7 +147,9 @@ class JointMiniature:
         runs: dict[str, Callable[[Any, Any], Any]] = {}
         for name in MEASURES:
             runs[f"{name} only"] = partial(self._nft, rewards={name: functions[name]}, data=data)
-        joint = partial(self._nft, rewards=functions, data=data, weights=JOINT_WEIGHTS)
+        joint = partial(
+            self._nft, rewards=functions, data=data, weights=JOINT_WEIGHTS, iterations=self.joint_iterations
+        )
         runs["joint"] = joint
         runs["joint, no pretraining loss"] = partial(joint, pretraining_coefficient=0.0)
         if self.ablate:
@@ -165,10 +170,11 @@ class JointMiniature:
         data: DigitPictures,
         weights: Mapping[str, float] | None = None,
         pretraining_coefficient: float = PRETRAINING,
+        iterations: int | None = None,
         **options: Any,
     ) -> NFTTrainer:
         config = NFTConfig(
-            **self._options(5 * self.iterations),
+            **self._options(5 * (iterations or self.iterations)),
             pretraining_coefficient=pretraining_coefficient,
             lr_scheduler_type="linear",
             num_conditions=8,

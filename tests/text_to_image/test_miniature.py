@@ -137,7 +137,7 @@ def run_of(seed: int, shift: float) -> dict[str, Any]:
         "parity, shared credit": model(0.4, 0.2, 0.1, slope=0.05),
         "brightness, paper's recipe": model(0.4, 0.2, 0.1, slope=0.025),
     }
-    return {"seed": seed, "base_steps": 1, "models": models}
+    return {"seed": seed, "base_steps": 1, "iterations": 4, "joint_iterations": 6, "models": models}
 
 
 def test_the_summary_is_of_gains_over_the_base() -> None:
@@ -152,6 +152,7 @@ def test_the_summary_is_of_gains_over_the_base() -> None:
     assert "0.800 ± 0.050 | 0.300 ± 0.000 | 0.150 ± 0.000 |" in as_table(result)
     assert "| 75% | 75% | – | 2 k |" in as_table(result)
     assert "--seeds 0 1 2\n" in card(result, {})
+    assert "1.5 times the samplings of a single one, which is 50% of what the 3" in card(result, {})
 
 
 def test_what_a_level_costs_is_read_from_the_curves() -> None:
