@@ -222,8 +222,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         "These costs are of models measured during training as in the table: that of the paper's recipe without the "
         "guidance that it samples with, too.",
         _apart_note(result["apart"]),
-        f"A joint model gets {more:.1f} times the samplings of a single one, which is {more / len(SINGLES):.0%} of what "
-        f"the {len(SINGLES)} single models get together.",
+        f"A joint model gets {more:.1f} times the samplings of a single one, which is {more / len(SINGLES):.0%} of "
+        f"what the {len(SINGLES)} single models get together.",
         "Shares of the paper's joint model: 84, 66 and 77 % (its Table 5).",
     ]
 
