@@ -129,9 +129,9 @@ class ControlPipeline(AdaptableController, DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
         """diffusers' way to read the index: here the installed classes take the place of the repo's code."""
-        return portable.installed_names(super()._dict_from_json_file(json_file))
+        return portable.installed_names(super()._dict_from_json_file(json_file, **options))
 
     @property
     def task_metadata(self) -> dict[str, Any]:
