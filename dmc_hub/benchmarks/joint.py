@@ -39,7 +39,7 @@ from dmc_hub.text_to_image import TextToImagePolicy, transition_scheduler
 from dmc_hub.trainers.ddpo import DDPOConfig, DDPOTrainer
 from dmc_hub.trainers.nft import NFTConfig, NFTTrainer
 
-JOINT_WEIGHTS = {"text": 2.0, "parity": 2.0, "brightness": 1.25}
+JOINT_WEIGHTS = {"text": 2.25, "parity": 1.5, "brightness": 1.25}
 PRETRAINING = 0.1
 """Weight of the pretraining loss."""
 TRAINED_PROMPTS = [prompt_of(digit, opening=opening) for opening in OPENINGS[:-1] for digit in range(len(DIGITS))]
