@@ -27,6 +27,7 @@ from dmc_hub.benchmarks.prompts import stream_prompts
 from dmc_hub.benchmarks.ranking import measure_ranking
 from dmc_hub.benchmarks.rewards import reward_cost
 from dmc_hub.benchmarks.rollout import measure_rollouts
+from dmc_hub.benchmarks.startup import measure_startup
 from dmc_hub.benchmarks.table import write_table
 from dmc_hub.benchmarks.train import measure_loops, measure_training
 from dmc_hub.benchmarks.vision import frames_per_second
@@ -137,6 +138,11 @@ def prompts(arguments: argparse.Namespace) -> dict[str, Any]:
         return stream_prompts(Path(scratch), count=arguments.count, seed=arguments.seed)
 
 
+def startup(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds that importing dmc_hub adds to importing torch, and of the command line's help."""
+    return measure_startup(repeats=arguments.repeats)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
@@ -176,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--counts", type=int, nargs="+", default=[1, 3, 6, 12])
     command = add(prompts)
     command.add_argument("--count", type=int, default=2_000_000)
+    add(startup).add_argument("--repeats", type=int, default=7)
     command = add(vision)
     command.add_argument("--batch-size", type=int, default=64, help="frames at once")
     command.add_argument("--device", default="cpu")

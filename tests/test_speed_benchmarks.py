@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmc_hub.benchmarks import growth, originals, rollout
+from dmc_hub.benchmarks import growth, originals, rollout, startup
 from dmc_hub.benchmarks.act import measure_acting
 from dmc_hub.benchmarks.data import measure_windows
 from dmc_hub.benchmarks.growth import measure_growth
@@ -253,3 +253,12 @@ def test_guidance_raises_the_value_and_starts_at_the_observation() -> None:
     assert torch.equal(guided[:, 0, :2], observations)
     assert guided[..., 2].mean() > plain[..., 2].mean() + 0.05
     assert originals._cosine_betas(20).max() <= 0.999
+
+
+def test_an_import_is_what_it_adds_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {startup.TORCH: [1.0, 5.0, 1.0], startup.BOTH: [1.2, 5.1, 1.4], startup.HELP: [0.3, 2.0, 0.2]}
+    names = {tuple(command): name for name, command in startup.COMMANDS.items()}
+    monkeypatch.setattr(startup, "_seconds", lambda command: seconds[names[tuple(command)]].pop(0))
+    found = startup.measure_startup(repeats=3)["startup"]
+    assert found["import dmc_hub"]["seconds"] == pytest.approx(0.2)
+    assert found["dmc-hub --help"]["seconds"] == pytest.approx(0.3)

@@ -105,6 +105,8 @@ def table(folder: Path) -> str:
     machines = {name: result["machine"] for name, result in results.items() if isinstance(result.get("machine"), dict)}
     lines += ["", *(f"- {name}: {_described(results[name], machine)}" for name, machine in machines.items())]
     for result in results.values():
+        if "startup" in result:
+            lines += ["", *_startup(result["startup"])]
         if "growth" in result:
             lines += ["", *_growth(result["growth"])]
         if "turns" in result:
@@ -123,6 +125,14 @@ def _described(result: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
         f"`{result['command']}`; {machine['threads']} thread(s) of {machine['cpu_cores']} cores, {machine['name']}, "
         f"torch {result['versions']['torch']}"
     )
+
+
+def _startup(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["| what starts | at most, s | s, median | repeats |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        missed = "" if row["seconds"] <= row["at_most"] else " (missed)"
+        lines.append(f"| `{name}` | {row['at_most']} | {row['seconds']:.2f}{missed} | {row['repeats']} |")
+    return lines
 
 
 def _growth(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
