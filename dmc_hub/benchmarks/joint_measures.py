@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from dmc_hub.benchmarks.alignment import ForwardCounter
 from dmc_hub.benchmarks.digits import DIGITS, OPENINGS, TONES, DigitClassifier, DigitPictures, prompt_of
 from dmc_hub.image_rewards import statistical_parity
 from dmc_hub.text_to_image import TextToImagePolicy, transition_scheduler
@@ -41,46 +41,37 @@ class Recording(TrainerCallback):
 
     def __init__(self, network: nn.Module, measure: Callable[[], dict[str, float]], *, every: int) -> None:
         self._network, self._measure, self._every = network, measure, every
-        self._counts = False
+        self._counter = ForwardCounter(network)
         self.curve: list[dict[str, float]] = []
         self.evaluations = self.images = 0
-        network.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, network: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.evaluations += self._counts * len(arguments[0])
 
     def watch(self, reward: Reward) -> Reward:
         """The reward function, with its images counted."""
 
         def watched(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
-            self.images += self._counts * len(images)
+            self.images += len(images)
             return reward(images, prompts, metadata)
 
         return watched
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._counter.count = self.images = 0  # the call that tries the reward function is no training
         self._add_point(state)
-        self._counts = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._add_point(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._counts = False
+        self.evaluations = self._counter.count
 
     def _add_point(self, state: TrainerState) -> None:
         if self._every and state.global_step % self._every == 0:
-            with self._not_counting():
-                self.curve.append({"evaluations": self.evaluations, "images": self.images, **self._measure()})
-
-    @contextmanager
-    def _not_counting(self) -> Iterator[None]:
-        counts, was_training = self._counts, self._network.training
-        self._counts = False
-        self._network.eval()
-        yield
-        self._network.train(was_training)
-        self._counts = counts
+            was_training = self._network.training
+            self._network.eval()
+            with self._counter.paused():
+                measured = self._measure()
+            self._network.train(was_training)
+            self.curve.append({"evaluations": self._counter.count, "images": self.images, **measured})
 
 
 class DigitMeasures:
