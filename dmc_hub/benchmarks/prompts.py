@@ -69,7 +69,7 @@ def stream_prompts(folder: Path, *, count: int, seed: int) -> dict[str, Any]:
         for index in tqdm(range(1, count // BATCH), desc="batches of prompts"):
             source.conditions(BATCH, generator)
             if index % max(1, count // BATCH // 10) == 0:
-                memory.append(_resident_bytes())
+                memory.append(resident_bytes())
     return {
         "count": count,
         "batch": BATCH,
@@ -80,6 +80,7 @@ def stream_prompts(folder: Path, *, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Memory of this process, on Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()

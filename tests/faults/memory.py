@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dmc_hub import checkpoint
+from dmc_hub.benchmarks.prompts import resident_bytes
 from dmc_hub.hub import load_pipeline
 from dmc_hub.task_evaluation import evaluate_on_task
 from dmc_hub.tasks import get_task
@@ -80,12 +81,6 @@ def _write(output: Path, rows: list[dict[str, Any]], results: set[tuple[str, flo
     content["memory"] = {"text": text, "growth": growth, "minutes": minutes, "cycles": len(rows), "ok": is_flat}
     checkpoint.save_json(output, content)
     return is_flat
-
-
-def resident_bytes() -> int:
-    """Of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def open_files() -> int:
